@@ -198,7 +198,11 @@ def vocabulary_of(sources: list[FeatureSource], options: Options) -> str:
 def read_only(path: str) -> list[str]:
     """Return the image ids of a file, one a line."""
     lines = (line.strip() for line in read_text(path, "--only").split("\n"))
-    return [line for line in lines if line]
+    ids = [line for line in lines if line]
+    if not ids:
+        raise UsageError(f"--only {path}: is empty; give the ids of images, one a line")
+
+    return ids
 
 
 def plan_of(options: Options) -> BuildPlan:
@@ -295,6 +299,8 @@ def left_out(manifest: dict[str, Any]) -> Iterator[str]:
     """Yield lines about captions that are in no image, and about images with other names."""
     for reason, count in manifest["captions_left_out"].items():
         yield f"left out: {count} captions, {reason}"
+    if manifest["only_not_found"]:
+        yield f"--only: {manifest['only_not_found']} ids mean no image"
     if manifest["renamed_images"]:
         yield (
             f"{manifest['renamed_images']} images share an id with an image of another source and"

@@ -20,6 +20,7 @@ CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,4}[#_]?)?\d+$", re.IGNORECASE)  # Flic
 ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
 SPLIT = re.compile(r"train|val|test|dev")  # in the names of folders
+LONG_STEM = 7  # letters of a file name that is unlikely to be in several folders
 MOST_FOLDERS = 3  # that the end of a path may have
 
 SAME = 0  # the names are equal
@@ -111,12 +112,20 @@ def _path_and_ending(text: str) -> tuple[str, str]:
     return (path[: ending.start()], ending[0].lower()) if ending else (path, "")
 
 
-def are_of_other_splits(one: ImageName, other: ImageName) -> bool:
-    """Check whether the folders of two names say that they are of different splits, as those of
-    `train/1.jpg` and `val/1.jpg` do. Names that tell the split themselves are of one image.
+def folders_differ(one: ImageName, other: ImageName) -> bool:
+    """Check whether the folders of two names with the same end say that they are different images.
+
+    They do if none of the paths is the end of the other, and if the file names are short, as those
+    of `1/main.jpg` and `2/main.jpg`, or the folders name different splits, as `train` and `val`.
     """
-    if one.is_coco and other.is_coco:
+    paths = sorted((f"/{one.path}", f"/{other.path}"), key=len)
+    if paths[1].endswith(paths[0]) or (one.is_coco and other.is_coco):
         return False
+
+    if "/" not in one.path or "/" not in other.path:
+        return False
+    if min(len(one.stem), len(other.stem)) < LONG_STEM:
+        return True
 
     splits = [
         {word[:3] for word in SPLIT.findall(name.path.rpartition("/")[0].lower())}
@@ -175,9 +184,7 @@ def match_names(asked: Iterable[str], numbers: Mapping[str, int]) -> dict[str, i
 
         image = ImageName(images[key][0])
         other_spelling = spelt_both_ways and image.is_coco != name.is_coco
-        if not are_of_other_splits(name, image) and not (
-            kind_of_key(key) == NUMBER and other_spelling
-        ):
+        if not folders_differ(name, image) and not (kind_of_key(key) == NUMBER and other_spelling):
             found[name.text] = numbers[image.text]
 
     return found

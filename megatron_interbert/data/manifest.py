@@ -81,6 +81,7 @@ OPTIONAL = {  # older stores lack some of them
     "dropped": OBJECT,
     "captions_left_out": OBJECT,
     "renamed_images": _whole(),
+    "only_not_found": _whole(),
 }
 OF_FILES = {"file": TEXT, "bytes": _whole(), "sha256": TEXT}
 COUNTED = ("images", "regions", "captions")

@@ -157,6 +157,11 @@ FILES = {
         "image,caption_en,caption_zh\n1.jpg,a dog,一只狗\n",
         [("1.jpg", "a dog", "en"), ("1.jpg", "一只狗", "zh")],
     ),
+    "ids that pandas has written": ("image_id,caption\n9.0,a dog\n", [("9", "a dog", "en")]),
+    "Wukong's folders": (
+        f"dir,url,caption\nw/1.jpg,{URL},a dog\n",
+        [("w/1.jpg", "a dog", "en")],
+    ),
     "ids beside addresses": (
         ({"id": 100, "url": URL, "caption": "a"}, {"id": 7, "url": URL, "caption": "b"}),
         [("100", "a", "en"), ("7", "b", "en")],
@@ -326,6 +331,12 @@ def test_tables_that_are_no_captions_are_refused(tmp_path):
         (f"{features}\n{features}\n", "no column holds captions"),
         ("a red dog\ta brown cat\n", "no column names the images"),
         ("just words\n", "name it with --captions-format"),
+        ({"image_urls": [URL, URL], "captions": ["a"]}, "lists of unequal length: image_urls 2"),
+        (
+            [{"image": "a.jpg", "conversations": [{"from": "human", "value": "What is it?"}]}],
+            "JSON without captions",
+        ),
+        ("2,1,for image one\n1,2,for image two\n", "columns 1, 2 hold numbers"),
         ({"a": 1, "b": [2]}, "JSON without captions"),
         ([1, 2], "JSON without captions"),
         ("", "is empty"),
@@ -338,6 +349,27 @@ def test_tables_that_are_no_captions_are_refused(tmp_path):
 
     with pytest.raises(UsageError, match="not a karpathy caption file but COCO's images"):
         CaptionFile(write(tmp_path / "c.json", COCO), "karpathy")
+
+
+def test_files_that_are_no_text_are_named(tmp_path):
+    for start, words in (
+        (b"\x1f\x8b\x08\x00", "compressed .gzip., expected text; unpack it"),
+        (b"PK\x03\x04", "a spreadsheet"),
+        (b"\x93NUMPY\x01", "a NumPy array"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
+        (b"<!DOCTYPE html>\n", "a web page"),
+    ):
+        (tmp_path / "c").write_bytes(start)
+        with pytest.raises(UsageError, match=words):
+            CaptionFile(str(tmp_path / "c"))
+
+
+def test_lines_that_end_as_on_old_macs(tmp_path):
+    for text in ("1.jpg\ta dog\r2.jpg\ttwo cats\r", "1.jpg#0\ta dog\r2.jpg#0\ttwo cats\r"):
+        assert read(write(tmp_path / "c", text))[0] == [
+            ("1.jpg", "a dog", "en"),
+            ("2.jpg", "two cats", "en"),
+        ]
 
 
 def test_formats_may_be_named(tmp_path):
@@ -410,6 +442,9 @@ def test_splits_are_chosen_where_records_name_them(tmp_path):
     assert len(read(path)[0]) == 3
     table = write(tmp_path / "c.csv", "image,caption,split\n1.jpg,a,train\n2.jpg,b,val\n")
     assert read(table, split="val")[0] == [("2.jpg", "b", "en")]
+    files = [CaptionFile(path)]
+    with pytest.raises(UsageError, match="no record is of 'valid', there are restval, train, val"):
+        CaptionTable.create(tmp_path / "x.db", files, "train,valid")
     files = [CaptionFile(write(tmp_path / "plain", "1.jpg\ta dog\n"))]
     with pytest.raises(UsageError, match="hold no splits"):
         CaptionTable.create(tmp_path / "x.db", files, "train")

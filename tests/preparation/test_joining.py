@@ -200,10 +200,10 @@ def test_numbers_of_coco_are_not_those_of_another_data_set(tmp_path):
 def test_folders_of_other_splits_are_not_left_out(tmp_path):
     check(
         tmp_path,
-        ["train/000001.png", "images/abc.jpg", "train/x.jpg"],
-        ["val/000001.png", "photos/abc", "x"],
-        {"images/abc.jpg": ["by photos/abc"], "train/x.jpg": ["by x"]},
-        {"no image of that name": 1},
+        ["train/a000001.png", "images/abcdefg.jpg", "train/x.jpg", "1001/main.jpg"],
+        ["val/a000001.png", "photos/abcdefg", "x", "1002/main.jpg"],
+        {"images/abcdefg.jpg": ["by photos/abcdefg"], "train/x.jpg": ["by x"]},
+        {"no image of that name": 2},
     )
 
 
@@ -230,8 +230,24 @@ def test_only_takes_what_it_means(tmp_path):
         "--only may mean another image of that name": 2,
         "not in --only": 1,
     }
-    report = (tmp_path / "store" / "dropped.jsonl").read_text()
-    assert "2 ids" in report, "of no single image: main.jpg and none"
+    assert manifest["only_not_found"] == 2, "main.jpg and none mean no single image"
+    lines = map(json.loads, (tmp_path / "store" / "dropped.jsonl").read_text().splitlines())
+    names = [line["image_id"] for line in lines if line["reason"] == "ids of no image"]
+    assert names == ["main.jpg", "none"]
+
+
+def test_only_and_captions_that_name_exactly_leave_others_without_fault(tmp_path):
+    """Check a store of COCO and Visual Genome: the numbers of one are not those of the other."""
+    coco = write_features(tmp_path / "coco.tsv", ["COCO_train2014_000000000009", "x"])
+    vg = write_features(tmp_path / "vg.tsv", ["9", "25"])
+    found, manifest = make(tmp_path, [coco, vg], only=["9", "25"])
+    assert list(found) == ["9", "25"]
+    assert manifest["dropped"] == {"not in --only": 2}
+    (tmp_path / "store").rename(tmp_path / "other")
+    files = [write_captions(tmp_path / "c", [("9", "a car"), ("25", "a hat")])]
+    found, manifest = make(tmp_path, [coco, vg], files)
+    assert found == {"9": ["a car"], "25": ["a hat"]}
+    assert manifest["dropped"] == {"no caption": 2}
 
 
 def test_sources_of_one_name_are_told_apart(tmp_path):

@@ -204,7 +204,7 @@ class _Tar:
             for key, members in part:
                 record: dict[str, Any] = {"__key__": key}
                 for extension, offset, size in members:
-                    is_text = extension == "json" or extension in TEXT_MEMBERS
+                    is_text = extension.rpartition(".")[2] in ("json", *TEXT_MEMBERS)
                     if photos or is_text:
                         handle.seek(offset)
                         record |= _member(extension, handle.read(size))
@@ -245,7 +245,7 @@ def _member(extension: str, data: bytes) -> dict[str, Any]:
         except (ValueError, RecursionError):
             return {}
         return value if isinstance(value, dict) else {}
-    if extension in TEXT_MEMBERS:
+    if extension.rpartition(".")[2] in TEXT_MEMBERS:
         return {"txt": data.decode("utf-8", "surrogateescape")}
 
     return {extension: data}

@@ -19,6 +19,7 @@ from megatron_interbert.errors import Unreadable
 from megatron_interbert.files import own_name, whole_file
 from megatron_interbert.preparation.building.captions.reading import REJECTED
 from megatron_interbert.preparation.building.captions.table import CaptionTable
+from megatron_interbert.preparation.building.joining import MERGED, NO_CAPTION, NOT_WANTED
 from megatron_interbert.preparation.building.shard_writer import (
     SHARD_NAME,
     prepare_record,
@@ -34,9 +35,13 @@ from megatron_interbert.preparation.building.sources.base import (
 )
 from megatron_interbert.reading import is_there, reading
 
-NO_CAPTION = "no caption"
-NOT_WANTED = "not in --only"
-EXPECTED = (NO_CAPTION, NOT_WANTED, NO_NAME, REJECTED)  # dropped on purpose, not because of a fault
+EXPECTED = (
+    NO_CAPTION,
+    NOT_WANTED,
+    NO_NAME,
+    REJECTED,
+    MERGED,
+)  # dropped on purpose, not because of a fault
 
 
 @dataclass

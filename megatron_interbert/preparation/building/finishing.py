@@ -18,8 +18,14 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import publish_folder
 from megatron_interbert.preparation.building.build_folder import OURS
 from megatron_interbert.preparation.building.captions.table import CaptionTable
-from megatron_interbert.preparation.building.conversion import LINE, NO_CAPTION
-from megatron_interbert.preparation.building.joining import decide, source_labels
+from megatron_interbert.preparation.building.conversion import LINE
+from megatron_interbert.preparation.building.joining import (
+    ADVICE,
+    NO_CAPTION,
+    NOT_WANTED,
+    decide,
+    source_labels,
+)
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.report import (
     captions_left_out,
@@ -84,6 +90,7 @@ def finish(
         dropped=dict(sorted(done.reasons.items())),
         captions_left_out=captions_left_out(work, decision),
         renamed_images=decision.renamed,
+        only_not_found=len(decision.not_found),
     )
     manifest["shards"] = change_shards(work, done.entries, decision.changes)
     if not manifest["shards"]:
@@ -126,9 +133,18 @@ def _explain_nothing(
             f" captions {name[:80]!r})"
         )
 
+    if reason == NOT_WANTED and table:
+        wanted = next(iter(table.wanted_names().values()), "")
+        raise UsageError(
+            f"none of the {read} images is in --only (one id there is {wanted[:80]!r}, one in the"
+            f" sources {first['image_id'][:80]!r}); give ids of the sources, one a line"
+        )
+
+    details = f": {first['details']}" if first["details"] else ""
+    advice = f". {ADVICE[reason]}" if reason in ADVICE else ""
     raise UsageError(
-        f"none of the {read} images can be used, mostly: {reason} ({first['where']}:"
-        f" {first['details']})"
+        f"none of the {read} images can be used, mostly: {reason} ({first['where']}{details})"
+        f"{advice}"
     )
 
 

@@ -20,10 +20,17 @@ from megatron_interbert.preparation.building.name_table import Meaning
 from megatron_interbert.preparation.building.shard_writer import storable
 from megatron_interbert.progress import progress
 
+NO_CAPTION = "no caption"
+NOT_WANTED = "not in --only"
 TWICE = "image id seen before in its source"
 MERGED = "image id seen before in its source, its captions kept with the first"
 UNCLEAR = "its captions may belong to another image of that name"
 UNCLEAR_ONLY = "--only may mean another image of that name"
+ADVICE = {
+    UNCLEAR: "Name images in the captions as in the features; or build a store from each source"
+    " with its own captions, then join the stores",
+    UNCLEAR_ONLY: "Write the ids of --only as in the sources",
+}
 # why captions are left out
 OF_DROPPED = "of images that were left out"
 OF_SEVERAL = "their name means several images"
@@ -80,7 +87,7 @@ class Decision:
     left_out: dict[str, int] = field(default_factory=dict)  # captions by reason
     examples: dict[str, str] = field(default_factory=dict)  # the name in one of them
     repeated: dict[int, list[int]] = field(default_factory=dict)  # later rows by the first one
-    not_found: int = 0  # wanted ids of no image
+    not_found: list[str] = field(default_factory=list)  # wanted names that mean no image
     renamed: int = 0
 
 
@@ -236,7 +243,9 @@ def _decide_captions(
         row = images.rows[image]
         if row >= 0:
             captions = table.captions_of(decided.targets_of(image))
-            decision.changes[row] = Change("" if captions else UNCLEAR, captions=captions)
+            others = np.isin(pairs.targets_of(image), decided.target).all()
+            reason = NO_CAPTION if others else UNCLEAR
+            decision.changes[row] = Change("" if captions else reason, captions=captions)
 
     used = decided.those(np.array(images.rows)[decided.image] >= 0)
     _count_captions(pairs, decided, used, counts, table, decision)
@@ -272,17 +281,25 @@ def _decide_wanted(
     images: Images, twice: np.ndarray, clashes: Clashes, table: CaptionTable, decision: Decision
 ) -> None:
     """Drop images that --only may not mean, and count what it names in vain."""
-    found: set[int] = set()
+    meant = {
+        number: table.wanted_as(name)
+        for number, name in enumerate(images.names)
+        if not twice[number]
+    }
+    clear = {
+        number: [m for m in meanings if m.kind == SAME or clashes.allow(images.names[number], m)]
+        for number, meanings in meant.items()
+    }
+    found = {meaning.target for meanings in clear.values() for meaning in meanings}
 
-    for number, name in enumerate(images.names):
-        meanings = [] if twice[number] else table.wanted_as(name)
-        clear = [m for m in meanings if m.kind == SAME or clashes.allow(name, m)]
-        found |= {meaning.target for meaning in clear}
+    for number, meanings in meant.items():
         row = images.rows[number]
-        if row >= 0 and meanings and not clear:
-            decision.changes[row] = Change(UNCLEAR_ONLY)
+        if row >= 0 and meanings and not clear[number]:
+            others = all(meaning.target in found for meaning in meanings)
+            decision.changes[row] = Change(NOT_WANTED if others else UNCLEAR_ONLY)
 
-    decision.not_found = table.wanted_count() - len(found)
+    names = table.wanted_names()
+    decision.not_found = [text for target, text in names.items() if target not in found]
 
 
 def _rename(images: Images, double: set[str], labels: Sequence[str], decision: Decision) -> None:

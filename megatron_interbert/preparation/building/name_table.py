@@ -12,7 +12,7 @@ from megatron_interbert.data.image_names import (
     SAME,
     ImageName,
     are_different_images,
-    are_of_other_splits,
+    folders_differ,
     kind_of_key,
 )
 
@@ -130,7 +130,7 @@ class NameTable:
                 if text != image_id:
                     if self._is_unclear(connection, unique) or self._is_unclear(connection, key):
                         continue
-                    if are_of_other_splits(ImageName(text), image):
+                    if folders_differ(ImageName(text), image):
                         continue
                     found = Meaning(target, place, kind, unique, other)
 

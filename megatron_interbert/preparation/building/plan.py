@@ -60,10 +60,7 @@ class BuildPlan:
 
     def fingerprint(self, units: Sequence[Any]) -> dict[str, Any]:
         """Return what must be equal in another run for it to resume this one, ready for JSON."""
-        files = {
-            path: _identity(path)[1] if os.path.isdir(path) else os.path.getsize(path)
-            for path in self.caption_files
-        }
+        files = {path: _identity(path)[1:] for path in self.caption_files}
         return {
             "captions": {"files": files, "format": self.captions_format, "split": self.split},
             "only": json_sha256(self.only) if self.only is not None else None,

@@ -77,13 +77,8 @@ def decision_lines(decision: Decision, plan: BuildPlan) -> Iterator[dict[str, st
             "details": f"{count} captions, {reason}; the first is of this image",
         }
 
-    if decision.not_found:
-        yield {
-            "where": "--only",
-            "image_id": "",
-            "reason": "ids of no image",
-            "details": f"{decision.not_found} ids",
-        }
+    for name in decision.not_found:
+        yield {"where": "--only", "image_id": name, "reason": "ids of no image", "details": ""}
 
 
 def dropped_lines(work: Path, units: int) -> Iterator[dict[str, str]]:

@@ -11,8 +11,8 @@ from typing import Any
 from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build_folder import read_work_file
-from megatron_interbert.preparation.building.conversion import NO_CAPTION, done_file
-from megatron_interbert.preparation.building.joining import MERGED, Images
+from megatron_interbert.preparation.building.conversion import EXPECTED, done_file
+from megatron_interbert.preparation.building.joining import NO_CAPTION, Images
 from megatron_interbert.preparation.building.unit_pool import too_many_dropped
 
 
@@ -53,7 +53,7 @@ class Tally:
         """Count images that are dropped after all, given as (row, reason)."""
         self.kinds.subtract(self.labels[row] for row, _ in rows)
         self.reasons.update(reason for _, reason in rows)
-        self.totals["faults"] += sum(reason != MERGED for _, reason in rows)
+        self.totals["faults"] += sum(reason not in EXPECTED for _, reason in rows)
 
     def lines(self, rows: Sequence[tuple[int, str]]) -> Iterator[dict[str, str]]:
         """Yield the lines of the report about them."""

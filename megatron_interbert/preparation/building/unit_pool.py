@@ -18,6 +18,7 @@ from megatron_interbert.preparation.building.interrupts import (
     interrupts_blocked,
     keeping_interrupts,
 )
+from megatron_interbert.preparation.building.joining import ADVICE
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.base import FeatureSource
 
@@ -112,8 +113,9 @@ def _start_process(
 
 def too_many_dropped(faults: int, read: int, reasons: dict[str, int], limit: float) -> str:
     reason = max((r for r in reasons if r not in EXPECTED), key=lambda r: reasons[r], default="")
+    advice = f"{ADVICE[reason]}. " if reason in ADVICE else ""
     return (
         f"{faults} of {read} images cannot be used, mostly: {reason}; more than --max-dropped"
-        f" {limit}. Fix the input or the flags, or allow more with a higher --max-dropped (finished"
-        " shards are kept)"
+        f" {limit}. {advice}Fix the input or the flags, or allow more with a higher --max-dropped"
+        " (finished shards are kept)"
     )

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 
 from megatron_interbert.data.image_names import CAPTION_NUMBER, ENDING
+from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.captions.fields import (
     KNOWN,
     SEVERAL,
@@ -117,8 +118,15 @@ def _first_column(
     """
     for rule in rules:
         fitting = [n for n, cells in enumerate(columns) if not fields[n] and _most(cells, rule)]
+        repeating = [n for n in fitting if _some_repeat(columns[n])]
+        if rule == NUMBER.match and len(fitting) > 1 and len(repeating) != 1:
+            names = ", ".join(str(n + 1) for n in fitting)
+            raise UsageError(
+                f"columns {names} hold numbers, each of which may name the image; give a first line"
+                " with the names of the columns, such as id, image_id, caption"
+            )
         if fitting:
-            return next((n for n in fitting if _some_repeat(columns[n])), fitting[0])
+            return (repeating or fitting)[0]
 
     return None
 

@@ -16,7 +16,7 @@ from typing import Any
 FILES = (
     *("image", "image_path", "img_path", "image_file", "image_filename", "file_name", "filename"),
     *("file", "img", "img_fn", "image_name", "img_name", "image_url_path", "photo", "picture"),
-    *("path", "images", "jpg", "png"),
+    *("path", "images", "dir", "jpg", "png"),
 )
 NUMBERS = (
     *("image_id", "img_id", "imageid", "imgid_coco", "cocoid", "coco_id", "image_key", "image_ids"),
@@ -37,7 +37,7 @@ LAST = ("id", "uid", "uuid", "imgid", "name")  # may be the number of a caption:
 # Fields with captions: the first row of which a record has any is read, and its first field.
 TEXTS = (
     ("caption", "captions", "caption_str", "caption_text", "image_caption"),
-    ("sentences", "sentence", "sents", "sent", "sentf"),
+    ("sentences", "sentence", "sents", "sent", "sentf", "sentences_raw"),
     ("raw",),
     ("text", "texts", "txt"),
     ("phrase", "phrases", "regions"),
@@ -126,11 +126,10 @@ def texts_of(value: Any) -> Iterator[Any]:
 
     if isinstance(value, Mapping):
         inner = _text_field({plain(name): part for name, part in value.items()})
-        parts = (
-            [part for name, part in value.items() if plain(name) in inner]
-            if inner
-            else [part for name, part in value.items() if not QUESTIONS.search(plain(name))]
-        )
+        lists = all(isinstance(part, list | tuple) for part in value.values())
+        parts = [part for name, part in value.items() if plain(name) in inner]
+        if lists and not inner:  # by where they come from
+            parts = [part for name, part in value.items() if not QUESTIONS.search(plain(name))]
         for part in parts:
             yield from texts_of(part)
     elif isinstance(value, list | tuple):
@@ -185,6 +184,6 @@ def _names(value: Any) -> list[str]:
     if not isinstance(value, str | int) or isinstance(value, bool):
         return []
 
-    name = str(value).strip()
+    name = re.sub(r"^(\d+)\.0$", r"\1", str(value).strip())  # a number that pandas has written
 
     return [name] if 0 < len(name) <= LONGEST_NAME else []

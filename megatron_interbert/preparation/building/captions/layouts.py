@@ -67,6 +67,10 @@ def structure(value: Any) -> tuple[str, str, Callable[[Any], Records]]:
     lists = {name: part for name, part in value.items() if isinstance(part, list) and part}
     if _are_parallel(lists):
         return "sbu", f"lists of equal length: {', '.join(lists)}", lambda whole: _parallel(lists)
+    if len(lists) > 1 and are_enough(list(lists)):
+        lengths = ", ".join(f"{name} {len(part)}" for name, part in lists.items())
+        return "", f"lists of unequal length: {lengths}", _nothing
+
     records = [name for name, part in lists.items() if _has_texts(part)]
     if len(records) == 1 and _name_images(lists[records[0]]):
         name = records[0]
@@ -111,7 +115,7 @@ def _of_unknown_fields(value: list[Any]) -> tuple[str, str, Callable[[Any], Reco
     """
     records = [record for record in value[:LOOKED_AT] if isinstance(record, Mapping)]
     names = list(dict.fromkeys(name for record in records for name in record))
-    table = [[str(record.get(name, "")) for name in names] for record in records]
+    table = [[_cell(record.get(name, "")) for name in names] for record in records]
     meaning = {
         name: field for name, field in zip(names, name_columns(table), strict=False) if field
     }
@@ -123,6 +127,11 @@ def _of_unknown_fields(value: list[Any]) -> tuple[str, str, Callable[[Any], Reco
     )
 
     return "json", words, lambda whole: _renamed(whole, meaning)
+
+
+def _cell(value: Any) -> str:
+    """Return a value as a cell of a table: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _of_dictionary(value: dict[str, Any]) -> tuple[str, str, Callable[[Any], Records]]:

@@ -65,6 +65,7 @@ class CaptionFile:
         self.path = path
         self.wrapped = _open(path, kind)
         self.has_splits = False
+        self.splits: set[str] = set()  # of the records read so far
         self.by_line = False
         self._choice = ""
         self._look()
@@ -82,7 +83,7 @@ class CaptionFile:
 
             found = read_record(record)
             self.has_splits = self.has_splits or bool(found.split)
-            if not found.texts or not (found.images or found.address):
+            if not found.texts or not (found.images or found.address or self._numbers_rows):
                 continue
 
             self.by_line = self.by_line or not found.images
@@ -93,8 +94,14 @@ class CaptionFile:
         if chosen:
             (image, text), _ = chosen.most_common(1)[0]
             if self.by_line:
-                image = f"the number of the line, from 0 ({image} is only an address)"
+                what = f"{image} is only an address, which counts last" if image else "no name"
+                image = f"the number of the line, from 0 ({what})"
             self._choice = f"; image: {image}; caption: {text}; first: {example}"
+
+    @property
+    def _numbers_rows(self) -> bool:
+        """Check whether records without a name are named by their row, as photos there are."""
+        return self.wrapped.kind == "records"
 
     def describe(self) -> str:
         """Return a line that says how the file is read, with an example."""
@@ -116,6 +123,7 @@ class CaptionFile:
                 continue
 
             found = read_record(record)
+            self.splits.add(found.split)
             if wanted and found.split and found.split not in wanted:
                 continue
 
@@ -126,7 +134,9 @@ class CaptionFile:
             yield Complaint(REJECTED, f"{where}: {found.rejected}")
             return
 
-        images = found.images or ([_names_of_line(number, found.address)] if found.address else [])
+        images = found.images
+        if not images and (found.address or self._numbers_rows):
+            images = [_names_of_line(number, found.address)]
         if not found.texts or not images:
             missing = "caption" if not found.texts else "image"
             yield Complaint(f"no {missing} in the record", where)
@@ -142,7 +152,11 @@ def _names_of_line(number: int, address: str) -> list[str]:
 
     Downloaders name files by line number, or by line number and checksum of the address.
     """
+    if not address:
+        return [str(number)]
+
     checksum = zlib.crc32(address.encode("utf-8", "surrogateescape"))
+
     return [f"{number}_{checksum}", str(number), address]
 
 
@@ -222,11 +236,14 @@ def _records_with_photos(path: str) -> Wrapped:
     def records() -> Iterator[Placed]:
         for file in files:
             for part in containers.parts(file, RECORDS_OF_PART):
-                yield from containers.records(file, part, photos=False)
+                for place, record in containers.records(file, part, photos=False):
+                    if len(files) > 1 and "__key__" in record:  # shards may number alike
+                        record = {**record, "__key__": f"{file.stem}/{record['__key__']}"}
+                    yield place, record
 
     kinds = ", ".join(sorted({file.suffix[1:] for file in files}))
 
-    return Wrapped("records", f"records of {len(files)} {kinds} files", records)
+    return Wrapped("records", f"records of {len(files)} {kinds} files", records, len(files))
 
 
 def _start(path: str) -> str:

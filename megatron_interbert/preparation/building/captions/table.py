@@ -31,7 +31,7 @@ STEP = 10_000  # captions written at a time
 def check_files(files: Sequence[CaptionFile], split: str) -> None:
     """Raise UsageError for files that cannot share a table, or for --split without splits."""
     by_line = [file.path for file in files if file.by_line]
-    if len(by_line) > 1:
+    if sum(file.wrapped.files for file in files if file.by_line) > 1:
         raise UsageError(
             f"--captions {', '.join(by_line)}: these files name images by line number, so images of"
             " different files would be confused; build a store from each, then join the stores"
@@ -42,6 +42,16 @@ def check_files(files: Sequence[CaptionFile], split: str) -> None:
             f"--split {split}: {', '.join(file.path for file in files)} hold no splits, which"
             " records name in a field such as split (Karpathy's do); leave --split out"
         )
+
+
+def _check_splits(files: Sequence[CaptionFile], split: str) -> None:
+    """Raise UsageError for a split that no record is of."""
+    seen = set().union(*(file.splits for file in files)) - {""}
+    for wanted in filter(None, split.split(",")):
+        if wanted not in seen:
+            raise UsageError(
+                f"--split {split}: no record is of '{wanted}', there are {', '.join(sorted(seen))}"
+            )
 
 
 class CaptionTable:
@@ -75,6 +85,7 @@ class CaptionTable:
             captions = (caption for file in files for caption in file.captions(split))
             CAPTIONS.fill(connection, _write(connection, captions, complain))
             connection.execute("CREATE INDEX by_target ON caption (target)")
+            _check_splits(files, split)
             WANTED.fill(connection, ([name] for name in dict.fromkeys(wanted)))
 
         return cls(path)
@@ -123,9 +134,9 @@ class CaptionTable:
         """Return how the list of wanted images means an image."""
         return list(WANTED.meanings(self.connection, image_id))
 
-    def wanted_count(self) -> int:
-        """Return how many different names the list of wanted images has."""
-        return self.connection.execute("SELECT count(DISTINCT text) FROM wanted_name").fetchone()[0]
+    def wanted_names(self) -> dict[int, str]:
+        """Return the names in the list of wanted images, by their numbers."""
+        return dict(self.connection.execute("SELECT target, text FROM wanted_name ORDER BY target"))
 
     def name_of(self, target: int) -> str:
         """Return the most reliable name of a target."""

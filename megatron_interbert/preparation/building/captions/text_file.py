@@ -14,22 +14,41 @@ from megatron_interbert.reading import reading
 
 SAMPLE = 1 << 20  # bytes by which the encoding is judged
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+UNPACK = "unpack it and give what is in it"
+OTHER_FILES = {  # first bytes -> what a file is, what to do
+    b"\x1f\x8b": ("compressed (gzip)", UNPACK),
+    b"PK\x03\x04": ("an archive or a spreadsheet (zip)", f"{UNPACK}, or save the sheet as CSV"),
+    b"BZh": ("compressed (bzip2)", UNPACK),
+    b"\xfd7zXZ": ("compressed (xz)", UNPACK),
+    b"\x93NUMPY": ("a NumPy array", "give the file with the captions"),
+    b"\x89HDF": ("an HDF5 file", "give the file with the captions"),
+    b"\x80": ("a pickle", "write its captions as JSON"),
+    b"\xff\xd8\xff": ("a photo", "give the file with the captions"),
+    b"\x89PNG": ("a photo", "give the file with the captions"),
+    b"version https://git-lfs": ("a placeholder of Git LFS", "run: git lfs pull"),
+    b"<!DOCTYPE": ("a web page", "download the file itself"),
+    b"<html": ("a web page", "download the file itself"),
+}
 CHINESE = re.compile("[\u3400-\u9fff]")
 
 
 def open_text(path: str | Path, what: str = "--captions ") -> TextIO:
     """Open a text file, after its byte order mark; bytes that are not UTF-8 become lone surrogates.
 
-    Lines end with `\\n`; a `\\r` before it is kept. Raises UsageError for other encodings.
+    Lines end with `\\n`, with `\\r` before it or not, or in a file without any, with `\\r`. Raises
+    UsageError for other encodings, and for files that are no text.
     """
     try:
         with reading(path):
-            handle = open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n")
+            sample = _sample(path)
+            end = "\r" if b"\r" in sample and b"\n" not in sample else "\n"
+            handle = open(path, encoding="utf-8-sig", errors="surrogateescape", newline=end)
     except OSError as error:
         raise UsageError(f"{what}{path}: cannot be read ({error.strerror})") from error
 
     try:
-        _refuse_other_encodings(f"{what}{path}", path, _sample(path))
+        _refuse_other_files(f"{what}{path}", sample)
+        _refuse_other_encodings(f"{what}{path}", path, sample)
     except BaseException:
         handle.close()
         raise
@@ -40,6 +59,13 @@ def open_text(path: str | Path, what: str = "--captions ") -> TextIO:
 def _sample(path: str | Path) -> bytes:
     with open(path, "rb") as handle:
         return handle.read(SAMPLE)
+
+
+def _refuse_other_files(where: str, sample: bytes) -> None:
+    """Raise UsageError that names what a file is if it is no text."""
+    for start, (what, advice) in OTHER_FILES.items():
+        if sample.startswith(start):
+            raise UsageError(f"{where}: is {what}, expected text; {advice}")
 
 
 def _refuse_other_encodings(where: str, path: str | Path, sample: bytes) -> None:

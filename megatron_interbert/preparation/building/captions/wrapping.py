@@ -27,6 +27,7 @@ class Wrapped:
     kind: str
     words: str
     records: Callable[[], Iterator[Placed]] = field(repr=False)
+    files: int = 1  # that hold the records
 
 
 def json_lines(path: str) -> Wrapped:

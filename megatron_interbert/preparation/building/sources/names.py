@@ -4,6 +4,7 @@ A new spelling is one entry here. Names are compared without case; of several sp
 in a record, the first in the table counts. Names that are not here are ignored.
 """
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -76,7 +77,10 @@ COUNT_BACKGROUND = {"cls_id_1601": BACKGROUND_FIRST, "labels": BACKGROUND_FIRST}
 def ours(name: Any) -> str:
     """Return our name for a field, or "" if it is none that is read."""
     text = name.decode("utf-8", "replace") if isinstance(name, bytes) else str(name)
-    return OURS.get(text.strip().lower(), "")
+    text = text.strip()
+    words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", text).lower()  # NumBoxes is num_boxes
+
+    return OURS.get(text.lower(), "") or OURS.get(words, "")
 
 
 def spellings_of(names: Iterable[Any]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ first few lines.
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -43,6 +44,7 @@ BY_COUNT = {
 }
 NEEDED = {"image_id", "features"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+COUNT = re.compile(rb"^(b['\"])?\d+['\"]?$")  # a number, perhaps written as bytes
 LONGEST_LINE = 1 << 28
 
 
@@ -88,8 +90,14 @@ class TsvSource(RecordSource):
     @cached_property
     def sizes(self) -> Mapping[str, tuple[float, float]]:
         """Return (width, height) by image id, from the user's file or the hw.tsv of this one."""
-        path = self.options.image_sizes or sizes_beside(self.path)
-        return read_sizes(path) if path else {}
+        if self.options.image_sizes:
+            return read_sizes(self.options.image_sizes)
+
+        beside = sizes_beside(self.path)
+        try:
+            return read_sizes(beside) if beside else {}
+        except UsageError:  # it is another file by that name
+            return {}
 
     def first_unit(self) -> list[int]:
         """Return the whole file, whose first lines are read."""
@@ -198,4 +206,8 @@ def _columns_of(values: list[bytes]) -> tuple[str, ...]:
     if values[-1][:1] in (b"{", b"["):
         return (*("image_id", "", "", "")[: len(values) - 1], JSON)
 
-    return BY_COUNT.get(len(values), ())
+    columns = BY_COUNT.get(len(values), ())
+    if columns and not COUNT.match(values[columns.index("num_boxes")].strip()):
+        return ()  # a header of unknown names, or something else
+
+    return columns
