@@ -212,14 +212,14 @@ def _fields(rows: Sequence[Cells]) -> tuple[bool, list[str]]:
     Raises UsageError if no column holds captions, or none names images.
     """
     header = is_header(rows[0])
-    body = rows[1:] if header and len(rows) > 1 else rows
-    width = _width(rows)
-    looked = name_columns([row[:width] for row in body if len(row) >= width])
-    fields = list(rows[0]) if header else looked
+    fields = list(rows[0]) if header else []
     texts, images = _holds(fields)
 
-    if header and looked and not (texts and images):
-        fields = _completed(fields, looked, texts)
+    if not (texts and images):
+        body = rows[1:] if header and len(rows) > 1 else rows
+        width = _width(rows)
+        looked = name_columns([row[:width] for row in body if len(row) >= width])
+        fields = _completed(fields, looked, texts) if header and looked else fields or looked
         texts, images = _holds(fields)
 
     if not (texts and images):
