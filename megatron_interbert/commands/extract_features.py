@@ -94,20 +94,22 @@ def read_class_names(path: str) -> list[str]:
     return [BACKGROUND, *read_text(path, "--class-names").rstrip("\n").split("\n")]
 
 
-def find_photos(paths: Sequence[str]) -> list[PhotoFiles]:
-    """Open the photos at some paths, and say which files beside them are none."""
+def find_photos(paths: Sequence[str], shown: bool = True) -> list[PhotoFiles]:
+    """Open the photos at some paths; if `shown`, say which files beside them are none."""
     found = [files for path in paths for files in open_photos(path)]
-    for files in found:
+    for files in found if shown else ():
         others = getattr(files, "others", None)
         if others:
             kinds = ", ".join(f"{count} {ending}" for ending, count in others.most_common(5))
-            print(f"{files.path}: {others.total()} files are no photos: {kinds}")
+            print(
+                f"{files.path}: files that are no photos: {kinds} (give captions with --captions)"
+            )
 
     return found
 
 
-def plan_of(options: Options) -> BuildPlan:
-    """Plan the build: one source, the photos as the detector sees them."""
+def plan_of(options: Options, shown: bool = True) -> BuildPlan:
+    """Plan the build: the photos as the detector sees them; if `shown`, say what is left out."""
     choice = DetectorChoice(
         options.detector,
         options.revision,
@@ -119,7 +121,7 @@ def plan_of(options: Options) -> BuildPlan:
     limits = {name: getattr(options, name) for name in names}
     sources = [
         PhotoSource(files, choice, batch_size=options.batch_size, **limits)
-        for files in find_photos(options.photos)
+        for files in find_photos(options.photos, shown)
     ]
     vocabulary = read_text(options.vocab_file, "--vocab-file") if options.vocab_file else ""
 
@@ -139,7 +141,7 @@ def plan_of(options: Options) -> BuildPlan:
 def run(options: Options) -> None:
     """Build the store and report what it holds."""
     team = read_team(options.claim_timeout)
-    plan = plan_of(options)
+    plan = plan_of(options, team.is_first)
     gpus = 0 if options.device == "cpu" else torch.cuda.device_count()
     workers = options.workers or team.share_of(gpus or os.cpu_count() or 1)
     decoders = options.decoders

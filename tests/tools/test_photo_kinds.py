@@ -270,5 +270,5 @@ def test_the_command_says_what_are_no_photos(detector, tmp_path):
         *("--detector", detector, "--output", tmp_path / "store", "--device", "cpu"),
     )
     assert code == 0, err
-    assert "1 files are no photos: 1 .json" in out
+    assert "files that are no photos: 1 .json (give captions with --captions)" in out
     assert "1 images" in out

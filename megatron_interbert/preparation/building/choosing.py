@@ -1,5 +1,9 @@
 """Load the detector that the user names."""
 
+import os
+import socket
+from urllib.parse import urlsplit
+
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.detectors import (
     TORCHVISION,
@@ -8,6 +12,8 @@ from megatron_interbert.preparation.building.detectors import (
     TransformersDetector,
 )
 from megatron_interbert.preparation.building.faster_rcnn import TorchvisionDetector
+
+SECONDS = 10.0  # to wait for the hub
 
 
 def load_detector(choice: DetectorChoice) -> Detector:
@@ -23,10 +29,37 @@ def load_detector(choice: DetectorChoice) -> Detector:
             " own weights; leave --weights out"
         )
 
+    refuse_unreachable_hub(choice)
     try:
         return TransformersDetector(choice)
     except ModuleNotFoundError as error:
         raise UsageError(
             f"--detector {choice.name} needs the package {error.name}: pip install"
             " 'megatron_interbert[features]'"
+        ) from error
+
+
+def refuse_unreachable_hub(choice: DetectorChoice) -> None:
+    """Raise UsageError if the detector has to come from the hub, which cannot be reached:
+    transformers would try for minutes, and then doubt the name.
+    """
+    if os.path.isdir(choice.name) or "/" not in choice.name:
+        return
+
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    cached = try_to_load_from_cache(choice.name, "config.json", revision=choice.revision or None)
+    proxy = any(name.lower() == "https_proxy" for name in os.environ)
+    if isinstance(cached, str) or proxy or constants.HF_HUB_OFFLINE:
+        return
+
+    address = urlsplit(constants.ENDPOINT)
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), SECONDS).close()
+    except OSError as error:
+        raise UsageError(
+            f"--detector {choice.name}: no such folder, and {address.hostname} cannot be reached"
+            f" ({error.strerror or error}); download the model where there is a network (hf"
+            f" download {choice.name}) and give its folder"
         ) from error
