@@ -156,6 +156,16 @@ def test_an_id_twice_in_a_source_is_dropped_and_counted(tmp_path):
         make(tmp_path / "again", [source], max_dropped=0.1)
 
 
+def test_an_image_that_comes_again_as_it_was_is_no_fault(tmp_path):
+    """Check rows of query and product, as in KDD Cup 2020, where a product has many rows."""
+    image, other = made_up_images(2)
+    lines = [lxmert_line(image), lxmert_line(other), lxmert_line(image), lxmert_line(image)]
+    (tmp_path / "a.tsv").write_text("".join(lines))
+    _, manifest = make(tmp_path, [tmp_path / "a.tsv"], max_dropped=0.0)
+    assert manifest["dropped"] == {"the same image again": 2}
+    assert manifest["counts"]["images"] == 2
+
+
 def test_a_dropped_image_keeps_its_name(tmp_path):
     """Check that captions of an image that cannot be used go to no other one."""
     images = made_up_images(3)

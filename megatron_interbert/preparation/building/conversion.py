@@ -19,7 +19,7 @@ from megatron_interbert.errors import Unreadable
 from megatron_interbert.files import own_name, whole_file
 from megatron_interbert.preparation.building.captions.reading import REJECTED
 from megatron_interbert.preparation.building.captions.table import CaptionTable
-from megatron_interbert.preparation.building.joining import MERGED, NO_CAPTION, NOT_WANTED
+from megatron_interbert.preparation.building.joining import AGAIN, MERGED, NO_CAPTION, NOT_WANTED
 from megatron_interbert.preparation.building.shard_writer import (
     SHARD_NAME,
     prepare_record,
@@ -35,13 +35,8 @@ from megatron_interbert.preparation.building.sources.base import (
 )
 from megatron_interbert.reading import is_there, reading
 
-EXPECTED = (
-    NO_CAPTION,
-    NOT_WANTED,
-    NO_NAME,
-    REJECTED,
-    MERGED,
-)  # dropped on purpose, not because of a fault
+# dropped on purpose, not because of a fault
+EXPECTED = (NO_CAPTION, NOT_WANTED, NO_NAME, REJECTED, AGAIN, MERGED)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from megatron_interbert.preparation.building.report import (
     print_seconds,
     write_report,
 )
-from megatron_interbert.preparation.building.rewriting import change_shards, keep_captions
+from megatron_interbert.preparation.building.rewriting import change_shards, settle_repeated
 from megatron_interbert.preparation.building.sources.base import SourceFacts
 from megatron_interbert.preparation.building.store_writer import finish_store, new_manifest
 from megatron_interbert.preparation.building.tally import Tally
@@ -66,8 +66,8 @@ def finish(
     labels = source_labels([str(getattr(source, "path", "")) for source in plan.sources])
     only = plan.only is not None
     decision = decide(done.images, labels, table, bool(plan.caption_files), only)
-    if not plan.caption_files:
-        keep_captions(work, done.entries, decision)
+    if decision.repeated:
+        settle_repeated(work, done.entries, decision, captions=not plan.caption_files)
 
     left_out = [
         (row, change.reason) for row, change in sorted(decision.changes.items()) if change.reason

@@ -23,6 +23,7 @@ from megatron_interbert.progress import progress
 NO_CAPTION = "no caption"
 NOT_WANTED = "not in --only"
 TWICE = "image id seen before in its source"
+AGAIN = "the same image again"
 MERGED = "image id seen before in its source, its captions kept with the first"
 UNCLEAR = "its captions may belong to another image of that name"
 UNCLEAR_ONLY = "--only may mean another image of that name"

@@ -1,48 +1,68 @@
 """Write shards of a build again without some of their images, or with other names or captions."""
 
+import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.data.shard_file import COLUMNS, OpenShard
-from megatron_interbert.preparation.building.joining import MERGED, Change, Decision
+from megatron_interbert.preparation.building.joining import AGAIN, MERGED, Change, Decision
 from megatron_interbert.preparation.building.shard_writer import Caption, write_shard
 
 
-def keep_captions(folder: Path, entries: list[dict[str, Any]], decision: Decision) -> None:
-    """Give the captions of images that are dropped as repeated to the first of them."""
+def settle_repeated(
+    folder: Path, entries: list[dict[str, Any]], decision: Decision, captions: bool
+) -> None:
+    """Tell the images that come again as they were, which are no fault, from others of their id;
+    and if asked, give the `captions` of those that are dropped to the first of them.
+    """
     rows = {row for first, later in decision.repeated.items() for row in (first, *later)}
-    captions = _captions_of_rows(folder, entries, rows)
+    seen = _look_up(folder, entries, rows)
 
     for first, later in decision.repeated.items():
-        known = list(captions.get(first, []))
+        known = list(seen[first].captions)
         for row in later:
-            if captions.get(row):
+            if seen[row].digest == seen[first].digest:
+                decision.changes[row].reason = AGAIN
+            if captions and seen[row].captions:
                 decision.changes[row].reason = MERGED
-                known += [caption for caption in captions[row] if caption not in known]
+                known += [caption for caption in seen[row].captions if caption not in known]
 
-        if len(known) > len(captions.get(first, [])):
+        if len(known) > len(seen[first].captions):
             decision.changes.setdefault(first, Change()).captions = known
 
 
-def _captions_of_rows(
-    folder: Path, entries: list[dict[str, Any]], rows: set[int]
-) -> dict[int, list[Caption]]:
-    """Return the captions of some images by their numbers in all shards together."""
-    found: dict[int, list[Caption]] = {}
+@dataclass
+class _Seen:
+    """Hold what is compared of an image: its captions, and a digest of its regions."""
+
+    digest: bytes
+    captions: list[Caption]
+
+
+def _look_up(folder: Path, entries: list[dict[str, Any]], rows: set[int]) -> dict[int, _Seen]:
+    """Return what is compared of some images, by their numbers in all shards together."""
+    found: dict[int, _Seen] = {}
     first = 0
 
     for entry in entries:
-        if any(row in rows for row in range(first, first + entry["images"])):
+        own = sorted(rows & set(range(first, first + entry["images"])))
+        if own:
             with Hdf5File(folder / entry["file"]) as file:
-                width = file["image_features"].shape[1]
-            shard = OpenShard(folder / entry["file"], entry, width)
-            for text, language, image in shard.captions():
-                if first + image in rows:
-                    found.setdefault(first + image, []).append((text, language))
-            shard.close()
+                ranges = file["pos_boxes"][:]
+                for row in own:
+                    digest = hashlib.blake2b(digest_size=16)
+                    for name in COLUMNS:
+                        digest.update(file[name][slice(*ranges[row - first])].tobytes())
+                    found[row] = _Seen(digest.digest(), [])
+
+                texts = (file.strings("caption_text"), file.strings("caption_language"))
+                for text, language, image in zip(*texts, file["caption_image"][:], strict=True):
+                    if first + int(image) in found:
+                        found[first + int(image)].captions.append((text, language))
         first += entry["images"]
 
     return found

@@ -151,7 +151,7 @@ def json_in_cell(value: Any) -> Any:
 def _read_images(values: Mapping[str, Any], found: Found) -> str:
     """Set the images of a record and return the field of their most reliable name."""
     present = [name for name in (*FILES, *NUMBERS) if name in values]
-    named = [(name, _names(values[name])) for name in present]
+    named = [(name, _names(_without_fraction(name, values[name]))) for name in present]
     named = [(name, names) for name, names in named if names]
     addresses = [name for name, names in named if names[0].startswith(("http://", "https://"))]
     others = [(name, names) for name, names in named if name not in addresses]
@@ -173,6 +173,16 @@ def _read_images(values: Mapping[str, Any], found: Found) -> str:
     return addresses[0] if addresses else ""
 
 
+def _without_fraction(name: str, value: Any) -> Any:
+    """Return a number as pandas writes it in a column with gaps, `9.0`, as it was; keys of tar
+    files may look alike.
+    """
+    if name in NUMBERS and name != "key" and isinstance(value, str):
+        return re.sub(r"^\s*(\d+)\.0\s*$", r"\1", value)
+
+    return value
+
+
 def _names(value: Any) -> list[str]:
     """Return the names in a field: of one image, or of several in a list."""
     if isinstance(value, Mapping):  # a photo of Hugging Face's datasets: its bytes and its path
@@ -184,6 +194,6 @@ def _names(value: Any) -> list[str]:
     if not isinstance(value, str | int) or isinstance(value, bool):
         return []
 
-    name = re.sub(r"^(\d+)\.0$", r"\1", str(value).strip())  # a number that pandas has written
+    name = str(value).strip()
 
     return [name] if 0 < len(name) <= LONGEST_NAME else []
