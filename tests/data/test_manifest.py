@@ -32,6 +32,9 @@ ODD = {
     "images_read": ["x", None],
     "images_by_label_kind": [[]],
     "dropped": ["x"],
+    "captions_left_out": ["x", None],
+    "renamed_images": ["x", -1],
+    "only_not_found": [0.5, None],
 }
 
 

@@ -51,7 +51,7 @@ UNFINISHED = tuple(
     for name in ("block-*.npy", "means-*.npy", ASSEMBLED, PLAN, DONE)
     for end in (".tmp", ".partial", ".[0-9]*.new")
 )
-OURS = (*BLOCKS, *MEANS, *UNFINISHED, PLAN, DONE, *OF_SHARING)
+OURS = (*BLOCKS, *MEANS, *UNFINISHED, ASSEMBLED, PLAN, DONE, *OF_SHARING)
 
 
 class TableFolder:
