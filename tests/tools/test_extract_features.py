@@ -321,7 +321,7 @@ def spoil(folder):
         "text": "not a picture",
         "nothing": "empty file",
         "huge": "too many pixels",
-        f"again/{good.stem}": "may belong to another image",
+        f"again/{good.stem}": "no caption",
     }
 
 
