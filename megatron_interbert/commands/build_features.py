@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_interbert.command_line import run_command
-from megatron_interbert.config.options import Flags, argument, option, redefault
+from megatron_interbert.commands.shared_work import SharedWorkOptions
+from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
@@ -37,14 +38,14 @@ from megatron_interbert.preparation.building.sources.fields import (
 from megatron_interbert.preparation.building.sources.opening import FORMATS, open_features
 from megatron_interbert.preparation.building.sources.records import RecordSource
 from megatron_interbert.preparation.building.sources.stores import StoreSource
-from megatron_interbert.preparation.sharing import TIMEOUT, read_team
+from megatron_interbert.preparation.sharing import read_team
 from megatron_interbert.reading import read_text
 
 DETECTOR = "Faster R-CNN ResNet-101, Visual Genome"
 
 
 @dataclass
-class BuildingOptions(Flags):
+class BuildingOptions(SharedWorkOptions):
     """Hold the flags of every command that builds a region store."""
 
     GROUP: ClassVar[str] = "store"
@@ -64,18 +65,6 @@ class BuildingOptions(Flags):
     )
     max_dropped: float = option(
         0.1, "largest allowed share of unusable images", least=0, most=1, group="work"
-    )
-    restart: bool = option(
-        False,
-        "discard an unfinished build and start over",
-        group="work",
-    )
-    claim_timeout: float = option(
-        TIMEOUT,
-        "seconds without a sign of life after which the work of another process of the job is taken"
-        " over",
-        least=1,
-        group="work",
     )
 
 

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from megatron_interbert.command_line import run_command
-from megatron_interbert.config.options import Flags, argument, option
+from megatron_interbert.commands.shared_work import SharedWorkOptions
+from megatron_interbert.config.options import argument, option
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.mining.search import MiningOptions, mine, no_progress
-from megatron_interbert.preparation.sharing import TIMEOUT, read_team
+from megatron_interbert.preparation.sharing import read_team
 from megatron_interbert.progress import progress
 
 DEFAULTS = MiningOptions()
@@ -30,7 +31,7 @@ WITHOUT_EFFECT = "accepted and ignored: the search is always exact"
 
 
 @dataclass
-class Options(Flags):
+class Options(SharedWorkOptions):
     """Hold the flags of mine-negatives."""
 
     GROUP: ClassVar[str] = "search"
@@ -45,14 +46,6 @@ class Options(Flags):
 
     block: int = option(DEFAULTS.block, "captions between two saves", group="work")
     threads: int = option(len(os.sched_getaffinity(0)), "search threads", least=1, group="work")
-    restart: bool = option(False, "discard unfinished work and start over", group="work")
-    claim_timeout: float = option(
-        TIMEOUT,
-        "seconds without a sign of life after which the work of another process of the job is taken"
-        " over",
-        least=1,
-        group="work",
-    )
     mode: str = option("exact", WITHOUT_EFFECT, ("exact", "pruned"), group="old flags")
     budget: int = option(0, WITHOUT_EFFECT, group="old flags")
     candidates: int = option(0, WITHOUT_EFFECT, group="old flags")

@@ -15,17 +15,18 @@ from typing import ClassVar
 import torch
 
 from megatron_interbert.command_line import run_command
-from megatron_interbert.config.options import Flags, argument, option
+from megatron_interbert.commands.shared_work import SharedWorkOptions
+from megatron_interbert.config.options import argument, option
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_IMAGES
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.mining.neighbours import mine_neighbours
 from megatron_interbert.preparation.mining.work import NeighbourFolder, work_on
-from megatron_interbert.preparation.sharing import TIMEOUT, Team, read_team
+from megatron_interbert.preparation.sharing import Team, read_team
 
 
 @dataclass
-class Options(Flags):
+class Options(SharedWorkOptions):
     """Hold the flags of mine-neighbours."""
 
     GROUP: ClassVar[str] = "search"
@@ -35,14 +36,6 @@ class Options(Flags):
     neighbours: int = option(100, "neighbours kept per image", least=1)
     block: int = option(2048, "images compared with all others at a time", least=1)
     device: str = option("auto", "where images are compared", ("auto", "cpu", "cuda"), group="work")
-    restart: bool = option(False, "discard unfinished work and start over", group="work")
-    claim_timeout: float = option(
-        TIMEOUT,
-        "seconds without a sign of life after which the work of another process of the job is taken"
-        " over",
-        least=1,
-        group="work",
-    )
 
 
 def device_of(options: Options, team: Team) -> torch.device:

@@ -15,7 +15,14 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
-ENDING = re.compile(r"\.(jpe?g?|jfif|png|webp|gif|bmp|tiff?|avif|npz|npy)$", re.IGNORECASE)
+PHOTO_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    ".avif",
+)
+# of a photo, or of the features of one
+ENDING = re.compile(
+    "|".join(f"{re.escape(ending)}$" for ending in (*PHOTO_ENDINGS, ".npz", ".npy")), re.IGNORECASE
+)
 CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,4}[#_]?)?\d+$", re.IGNORECASE)  # Flickr's `1.jpg#zhc#0`
 ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)

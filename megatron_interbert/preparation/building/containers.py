@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_interbert.data.image_names import PHOTO_ENDINGS
 from megatron_interbert.errors import UsageError, imports_of
 
 ENDINGS = (".parquet", ".arrow", ".tar")
 BATCH = 64  # rows of Parquet in memory at a time
 TEXT_MEMBERS = ("txt", "caption", "text")
 GZIP = b"\x1f\x8b"
-PHOTO_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 Placed = tuple[str, dict[str, Any]]  # place in the file, record
 
 

@@ -22,7 +22,7 @@ NUMBER = re.compile(r"^-?[\d.,]+$")
 NAME = re.compile(r"^\S+$")
 WORD = re.compile(r"^[^\W\d_]{1,30}([-'’][^\W\d_]+)*[.!?]?$")
 LETTER = re.compile(r"[^\W\d_]")
-CHINESE = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
+EAST_ASIAN = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 MOST_CAPTIONS = 10  # of one image in the mean
 MOST = 0.8  # the share of its cells by which a column is judged
 Row = Sequence[str]
@@ -91,7 +91,7 @@ def _is_text(cell: str) -> bool:
         texts = list(texts_of(cell))
         return bool(texts) and all(isinstance(text, str) for text in texts)
 
-    words = " " in cell or CHINESE.search(cell) or WORD.match(cell)
+    words = " " in cell or EAST_ASIAN.search(cell) or WORD.match(cell)
     return bool(words and LETTER.search(cell)) and not _is_file(cell)
 
 
@@ -102,7 +102,7 @@ def _wordiness(cells: Sequence[str]) -> float:
     if not _most(cells, _is_text):
         return 0.0
 
-    words = sum(len(cell.split()) + len(CHINESE.findall(cell)) for cell in cells)
+    words = sum(len(cell.split()) + len(EAST_ASIAN.findall(cell)) for cell in cells)
     letters = sum(len(LETTER.findall(cell)) for cell in cells)
 
     return (words + letters / 1000) / len(cells)

@@ -15,11 +15,11 @@ from typing import Any
 # Fields that name an image, the most reliable first: its file, its number, where it came from.
 FILES = (
     *("image", "image_path", "img_path", "image_file", "image_filename", "file_name", "filename"),
-    *("file", "img", "img_fn", "image_name", "img_name", "image_url_path", "photo", "picture"),
+    *("file", "img", "img_fn", "image_name", "img_name", "photo", "picture"),
     *("path", "images", "dir", "jpg", "png"),
 )
 NUMBERS = (
-    *("image_id", "img_id", "imageid", "imgid_coco", "cocoid", "coco_id", "image_key", "image_ids"),
+    *("image_id", "img_id", "imageid", "cocoid", "coco_id", "image_key", "image_ids"),
     *("item_ids", "item_id", "product_id", "goods_id", "sku", "sku_id", "photo_id", "key"),
 )
 ADDRESSES = (

@@ -17,7 +17,7 @@ from megatron_interbert.preparation.building.captions.columns import LANGUAGE
 from megatron_interbert.preparation.building.captions.fields import Found, read_record
 from megatron_interbert.preparation.building.captions.layouts import whole_json
 from megatron_interbert.preparation.building.captions.tables import table
-from megatron_interbert.preparation.building.captions.text_file import read_lines
+from megatron_interbert.preparation.building.captions.text_file import CHINESE, read_lines
 from megatron_interbert.preparation.building.captions.wrapping import (
     TOKEN_LINE,
     Placed,
@@ -33,7 +33,7 @@ RECORDS_OF_PART = 4096
 SCRIPTS = {
     "ja": re.compile("[\u3040-\u30ff]"),
     "ko": re.compile("[\uac00-\ud7af]"),
-    "zh": re.compile("[\u3400-\u9fff]"),
+    "zh": CHINESE,
 }
 LOOKED_AT = 1000  # records by which it is judged whether images are named, and what an example is
 

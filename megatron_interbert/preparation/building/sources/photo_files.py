@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from megatron_interbert.data.image_names import ImageName
+from megatron_interbert.data.image_names import PHOTO_ENDINGS, ImageName
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building import containers
 from megatron_interbert.preparation.building.captions.fields import plain, read_record
@@ -20,10 +20,6 @@ from megatron_interbert.preparation.building.sources.base import Dropped
 from megatron_interbert.preparation.building.sources.decoding import Photo
 from megatron_interbert.reading import open_regular
 
-ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    ".avif",
-)
 OTHERS = (  # endings of files that lie beside photos and need not be looked into
     *(".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".html", ".md", ".log", ".pdf", ".db"),
     *(".npz", ".npy", ".pt", ".pkl", ".h5", ".hdf5", ".lmdb", ".mdb", ".zip", ".gz", ".bz2"),
@@ -92,7 +88,7 @@ class FolderPhotos:
 def _is_photo(path: Path) -> bool:
     """Check whether a file is a photo by its ending or, for an unknown one, by its first bytes."""
     ending = path.suffix.lower()
-    if ending in ENDINGS:
+    if ending in PHOTO_ENDINGS:
         return True
     if ending in OTHERS:
         return False
@@ -280,7 +276,8 @@ def open_photos(path: str | Path) -> list[PhotoFiles]:
         seen = ", ".join(f"{count} {ending}" for ending, count in folder.others.most_common(3))
         raise UsageError(
             f"{path}: no photos there ({seen or 'it is empty'}); expected files such as"
-            f" {', '.join(ENDINGS[:5])}, or with photos inside: {', '.join(containers.ENDINGS)}"
+            f" {', '.join(PHOTO_ENDINGS[:5])}, or with photos inside:"
+            f" {', '.join(containers.ENDINGS)}"
         )
 
     if not place.exists():

@@ -5,6 +5,7 @@ records.
 """
 
 import itertools
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -42,7 +43,7 @@ class Raw:
     where: str
 
 
-class RecordSource:
+class RecordSource(ABC):
     """Read records of one file or folder; subclasses say where they are."""
 
     kind = ""
@@ -51,13 +52,13 @@ class RecordSource:
         self.path = path
         self.options = options
 
+    @abstractmethod
     def raw(self, unit: Any) -> Iterator[Raw | Dropped]:
         """Yield the records of one unit as the file has them."""
-        raise NotImplementedError
 
+    @abstractmethod
     def units(self, images_per_unit: int) -> list[Any]:
         """List units of work of about `images_per_unit` images each."""
-        raise NotImplementedError
 
     def first_unit(self) -> Any:
         """Return a unit that begins with the first record."""
