@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from megatron_interbert.encodings import SAMPLE, guess_encoding, how_to_convert
 from megatron_interbert.errors import Unreadable, UsageError
 
 # Errors that mean that no file of that name exists. All others (EACCES, EIO, EMFILE, ESTALE, ..)
@@ -85,8 +86,10 @@ def read_text(path: str | Path, what: str) -> str:
         with reading(path):
             return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        encoding = guess_encoding(error.object[:SAMPLE])
+        problem = f"is not UTF-8 text (byte {error.start}: {error.reason})"
         raise UsageError(
-            f"{what}: {path} is not UTF-8 text (byte {error.start}: {error.reason})"
+            f"{what}: {path} {how_to_convert(path, encoding) if encoding else problem}"
         ) from error
     except OSError as error:
         raise UsageError(f"{what}: cannot read {path} ({error.strerror})") from error

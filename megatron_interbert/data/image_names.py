@@ -3,7 +3,7 @@ ways.
 
 Equal names mean the same image. Other names mean it by a key that both have, strictest first:
 
-    file      `a/b/07.jpg`, `a/b/07`     the path without the ending
+    file      `a/b/07.jpg`, `a/b/07`     the path without the ending, accents in one form (NFC)
     folder    `a/b/07.jpg`, `b/07.png`   the end of the path
     number    `a/b/07.jpg`, `7`          a number without leading zeros and without COCO's prefix
 
@@ -12,6 +12,7 @@ captions do not use it for two different ones.
 """
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 
@@ -23,7 +24,7 @@ PHOTO_ENDINGS = (
 ENDING = re.compile(
     "|".join(f"{re.escape(ending)}$" for ending in (*PHOTO_ENDINGS, ".npz", ".npy")), re.IGNORECASE
 )
-CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,4}[#_]?)?\d+$", re.IGNORECASE)  # Flickr's `1.jpg#zhc#0`
+CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,10}[#_]?)?\d+$", re.IGNORECASE)  # Flickr's `1.jpg#zhc#0`
 ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
 SPLIT = re.compile(r"train|val|test|dev")  # in the names of folders
@@ -31,7 +32,7 @@ LONG_STEM = 7  # letters of a file name that is unlikely to be in several folder
 MOST_FOLDERS = 3  # that the end of a path may have
 
 SAME = 0  # the names are equal
-FILE = 1  # equal but for the ending
+FILE = 1  # equal but for the ending, or the form in which accents are written
 FOLDER = 2  # equal but for folders
 NUMBER = 3  # equal but for leading zeros or COCO's prefix
 
@@ -106,7 +107,7 @@ def _path_and_ending(text: str) -> tuple[str, str]:
     The address of a photo loses its scheme and query, a name in a token file the number of the
     caption.
     """
-    path, addresses = ADDRESS.subn("", text.strip())
+    path, addresses = ADDRESS.subn("", unicodedata.normalize("NFC", text.strip()))
     if addresses:
         before = re.split(r"[?#]", path, maxsplit=1)[0]
         path = before if ENDING.search(before) else path

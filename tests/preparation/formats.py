@@ -147,9 +147,9 @@ def vilbert_lmdb(path, images, protocol=None):
     return write_lmdb(path, [*rows, (b"keys", pickle.dumps([key for key, _ in rows]))])
 
 
-def tensorpack_lmdb(path, images, captions):
-    """Write rows of pretraining data as tensorpack does: msgpack, with arrays as in
-    msgpack-numpy.
+def tensorpack_lmdb(path, images, captions, classes=True):
+    """Write rows of pretraining data as tensorpack does: msgpack, with arrays as in msgpack-numpy;
+    those of Product1M have no classes.
     """
 
     def packed(array):
@@ -166,7 +166,8 @@ def tensorpack_lmdb(path, images, captions):
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         dense = np.zeros((len(image["boxes"]), 1601), np.float32)
         dense[np.arange(len(dense)), image["cls_id_1601"]] = image["cls_conf"]
-        row = [packed(image["features"]), packed(dense), packed(image["boxes"]), len(dense)]
+        row = [packed(image["features"]), *([packed(dense)] if classes else [])]
+        row += [packed(image["boxes"]), len(dense)]
         row += [int(image["image_h"]), int(image["image_w"]), str(image["image_id"]), caption]
         rows.append((f"{number:08d}".encode(), msgpack.packb(row, use_bin_type=True)))
 

@@ -25,6 +25,7 @@ from megatron_interbert.preparation.building.captions.reading import (
 from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from megatron_interbert.preparation.mining.search import MiningOptions, mine
+from megatron_interbert.reading import read_text
 from tests.shared import SHARED, needs_shared
 
 URL = "http://x.org/a/b_c.jpg"
@@ -71,6 +72,7 @@ KARPATHY = {
     ],
     "dataset": "coco",
 }
+COLORS = ("red", "blue", "green")
 # name: (content, (first name, caption, language) of each caption)
 FILES = {
     "COCO": (COCO, [("000000000042.jpg", "Two cats.", "en")]),
@@ -91,6 +93,10 @@ FILES = {
     "records by image": (
         {"11": {"caption": "a dog", "width": 5}, "12": [{"caption": "a cat"}]},
         [("11", "a dog", "en"), ("12", "a cat", "en")],
+    ),
+    "addresses by split": (
+        {"train": [{"url": URL, "caption": "a"}], "val": [{"url": URL, "caption": "b"}]},
+        [(by_line(0), "a", "en"), (by_line(1), "b", "en")],
     ),
     "records by split": (
         {
@@ -268,6 +274,72 @@ FILES = {
         {"image": {"0": "1.jpg", "1": "2.jpg"}, "caption": {"0": "a", "1": "b"}},
         [("1.jpg", "a", "en"), ("2.jpg", "b", "en")],
     ),
+    "Product1M": (
+        f"62#####韩国黄金套盒精华水乳#####{URL}#####http://b/62.jpg#####黄金 面霜#;#黄金水#;#霜\n"
+        f"61#####香港代购蜗牛玻尿酸#####{URL}#####http://b/61.jpg#####黄金 面霜#;#黄金水#;#霜\n",
+        [("62", "韩国黄金套盒精华水乳", "zh"), ("61", "香港代购蜗牛玻尿酸", "zh")],
+    ),
+    "Product1M's train split": (
+        f"62#####韩国黄金套盒精华水乳#####{URL}#####http://b/62.jpg\n",
+        [("62", "韩国黄金套盒精华水乳", "zh")],
+    ),
+    "Product1M's train_id_info.json": (
+        {"62": {"title": "韩国黄金套盒", "url": URL}, "61": {"title": "玻尿酸", "url": URL}},
+        [("62", "韩国黄金套盒", "zh"), ("61", "玻尿酸", "zh")],
+    ),
+    "a dump of Hive": (
+        "62\x01韩国黄金套盒, 新款\x01女装\n61\x01香港代购玻尿酸\x01女装\n",
+        [("62", "韩国黄金套盒, 新款", "zh"), ("61", "香港代购玻尿酸", "zh")],
+    ),
+    "a table with categories that are longer": (
+        "1.jpg\ta red bag\tWomen > Bags and Shoes > Bags\n"
+        "2.jpg\ta blue bag\tWomen > Bags and Shoes > Bags\n"
+        "3.jpg\ta green bag\tWomen > Bags and Shoes > Bags\n",
+        [(f"{n}.jpg", f"a {color} bag", "en") for n, color in enumerate(COLORS, 1)],
+    ),
+    "Excel's note of the delimiter": (
+        "sep=;\nimage;caption\n1.jpg;a dog\n",
+        [("1.jpg", "a dog", "en")],
+    ),
+    "a header with dots and colons": (
+        "image.id,caption.text:\n1,a dog\n2,a cat\n",
+        [("1", "a dog", "en"), ("2", "a cat", "en")],
+    ),
+    "a table of generated captions": (
+        f"uid,url,key,status,vlm_caption\nx,{URL},0001,ok,This image shows a dog\n",
+        [("0001", "This image shows a dog", "en")],
+    ),
+    "Flickr8k-CN": ("1_a.jpg#zhmbosonc#0 一个人\n", [("1_a.jpg", "一个人", "zh")]),
+    "Crossmodal-3600": (
+        (
+            {"image/key": "a", "image/locale": "fr", "fr": {"caption": ["un chat"]}, "en": {}},
+            {"image/key": "b", "en": {"caption": ["a dog"]}, "zh": {"caption": ["一只狗", "狗"]}},
+        ),
+        [("a", "un chat", "en"), ("b", "a dog", "en"), ("b", "一只狗", "zh"), ("b", "狗", "zh")],
+    ),
+    "captions by language in a record": (
+        [{"image_id": "a", "caption": {"en": "a dog", "zh": "一只狗"}}],
+        [("a", "a dog", "en"), ("a", "一只狗", "zh")],
+    ),
+    "annotations in a record": (
+        [{"image": {"file_name": "1.jpg"}, "annotations": [{"caption": "a dog"}, {"id": 5}]}],
+        [("1.jpg", "a dog", "en")],
+    ),
+    "lines with unknown fields": (
+        (
+            {"image": "1.jpg", "short_caption": "a dog", "long_caption": "a big dog barks"},
+            {"image": "2.jpg", "short_caption": "a cat", "long_caption": "a small cat sleeps"},
+        ),
+        [("1.jpg", "a big dog barks", "en"), ("2.jpg", "a small cat sleeps", "en")],
+    ),
+    "records whose images have unknown fields": (
+        [{"photo_path": "1.jpg", "caption": "a dog"}, {"photo_path": "2.jpg", "caption": "a cat"}],
+        [("1.jpg", "a dog", "en"), ("2.jpg", "a cat", "en")],
+    ),
+    "a single record": (
+        {"image/key": "a", "en": {"caption": ["a dog"]}},
+        [("a", "a dog", "en")],
+    ),
 }
 
 
@@ -295,17 +367,46 @@ def test_vizwiz_leaves_out_what_its_makers_rejected(tmp_path):
     assert [complaint.reason for complaint in complaints] == ["rejected by its data set"] * 2
 
 
+CHINESE = ("一隻貓在桌上", "紅色的車")
+SIMPLIFIED = ("高级感托特包斜挎", "一只狗在草地上跑步")
+FRENCH = ("un café à Paris", "l'été déjà passé")
+GERMAN = ("ein Mädchen läuft", "über die Straße")
+
+
 @pytest.mark.parametrize(
-    ("encoding", "said"), [("gb18030", "GB18030"), ("big5", "BIG5"), ("utf-16", "UTF-16")]
+    ("encoding", "said", "texts"),
+    [
+        ("gb18030", "GB18030", CHINESE),
+        ("gbk", "GB18030", SIMPLIFIED),
+        ("big5", "BIG5", CHINESE),
+        ("latin-1", "WINDOWS-1252", FRENCH),
+        ("cp1252", "WINDOWS-1252", GERMAN),
+        ("utf-16", "UTF-16", CHINESE),
+        ("utf-16-le", "UTF-16LE", FRENCH),
+        ("utf-16-be", "UTF-16BE", SIMPLIFIED),
+    ],
 )
-def test_other_encodings_are_refused_with_the_command_that_converts(tmp_path, encoding, said):
+def test_other_encodings_are_refused_with_the_command_that_converts(
+    tmp_path, encoding, said, texts
+):
     for name, content in (
-        ("lines", "1.jpg\t一隻貓在桌上\n2.jpg\t紅色的車\n"),
-        ("json", {"1.jpg": ["一隻貓在桌上", "紅色的車"] * 60_000}),
+        ("lines", f"1.jpg\t{texts[0]}\n2.jpg\t{texts[1]}\n"),
+        ("json", {"1.jpg": [*texts] * 60_000}),
     ):
         path = write(tmp_path / name, content, encoding)
         with pytest.raises(UsageError, match=f"looks like {said}; convert it: iconv -f {said}"):
             CaptionFile(path)
+
+
+def test_other_texts_are_refused_in_the_same_words(tmp_path):
+    path = write(tmp_path / "ids.txt", "\n".join(SIMPLIFIED), "gbk")
+    with pytest.raises(UsageError, match=r"--only: .*ids.txt is not UTF-8 .* iconv -f GB18030 -t"):
+        read_text(path, "--only")
+
+    path = tmp_path / "damaged.txt"
+    path.write_bytes(b"a\n\xff\nb\n")
+    with pytest.raises(UsageError, match=r"damaged.txt is not UTF-8 text \(byte 2: invalid start"):
+        read_text(path, "--only")
 
 
 def test_a_line_that_is_not_utf_8_costs_only_itself(tmp_path):

@@ -11,9 +11,15 @@ import lmdb
 import numpy as np
 import pytest
 
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.preparation.building.sources.names import NAMES, OURS
 from tests.preparation import published
-from tests.preparation.formats import made_up_images, write_lmdb
+from tests.preparation.formats import (
+    bottom_up_line,
+    made_up_images,
+    tensorpack_lmdb,
+    write_lmdb,
+)
 from tests.preparation.reading_features import built, check, refusal
 from tests.shared import SHARED, needs_shared
 
@@ -147,6 +153,29 @@ def test_npy_files_with_other_companions_and_with_everything_in_one(tmp_path, im
     check(found, images, "none")
     check(built(tmp_path / "one", tmp_path / "b")[0], images, "none")
     assert "give the sizes of the images with --image-sizes" in refusal(tmp_path / "apart")
+
+
+def test_titles_in_features(tmp_path, images):
+    """Check Product1M's TSV and LMDB, and captions as bytes and as lists."""
+    titles = [f"红色连衣裙 {number}, new" for number in range(len(images))]
+    lines = [bottom_up_line(image) for image in images]
+    pairs = zip(lines, titles, strict=True)
+    content = "".join(line.replace("\n", f"\t{title}\n") for line, title in pairs)
+    (tmp_path / "train.tsv").write_text(content, encoding="utf-8")
+    tensorpack_lmdb(tmp_path / "train_feature.lmdb", images, titles, classes=False)
+    for image, title in zip(images, titles, strict=True):
+        folder = tmp_path / "npz"
+        folder.mkdir(exist_ok=True)
+        captions = np.array([title.encode(), b"two"])
+        np.savez(folder / f"{published.name_of(image)}.npz", **image, captions=captions)
+
+    for path, own in (("train.tsv", []), ("train_feature.lmdb", []), ("npz", ["two"])):
+        output = tmp_path / f"{path}.store"
+        found, _, _ = built(tmp_path / path, output)
+        check(found, images, "top" if own else "none")
+        store = RegionStore(str(output))
+        expected = [text for title in titles for text in [title, *own]]
+        assert sorted(map(store.caption, range(store.num_captions))) == sorted(expected)
 
 
 @pytest.mark.parametrize("compressed", [False, True])

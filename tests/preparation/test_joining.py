@@ -107,6 +107,22 @@ def test_a_loose_name_of_several_images_means_none(tmp_path):
     )
 
 
+def test_accents_are_letters_however_a_system_writes_them(tmp_path):
+    """Check names of files as macOS writes them (NFD) beside captions as others do (NFC)."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    check(
+        tmp_path,
+        [f"{decomposed}-1.jpg", f"{composed}-2.jpg", f"{composed}-3", f"{decomposed}-3"],
+        [f"{composed}-1.jpg", f"x/{decomposed}-2", f"{composed}-3", f"{decomposed}-3.jpg"],
+        {
+            f"{decomposed}-1.jpg": [f"by {composed}-1.jpg"],
+            f"{composed}-2.jpg": [f"by x/{decomposed}-2"],
+            f"{composed}-3": [f"by {composed}-3"],
+        },
+        {"their name means several images": 1},
+    )
+
+
 def test_two_captions_of_one_loose_name_are_not_of_one_image(tmp_path):
     check(
         tmp_path,

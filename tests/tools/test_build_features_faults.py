@@ -262,7 +262,9 @@ def test_unfinished_builds_are_not_mixed_up(tmp_path, images):
     assert "--max-dropped" in refused(tsv(path, images), "--output", tmp_path / "store")
     assert "box_format" not in refused(path, "--output", tmp_path / "store")
     message = refused(path, "--output", tmp_path / "store", "--images-per-shard", 5)
-    assert "left by a build with other settings (images_per_shard, units differ)" in message
+    assert (
+        "left by a build with other settings or inputs (images_per_shard, units differ)" in message
+    )
     images[2]["features"][:] = np.nan
     assert "(source_files" in refused(tsv(path, images), "--output", tmp_path / "store"), (
         "a source that was changed meanwhile"

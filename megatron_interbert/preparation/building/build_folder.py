@@ -107,8 +107,9 @@ class BuildFolder:
                 name for name, value in before.items() if self.fingerprint.get(name) != value
             ]
             raise UsageError(
-                f"{self.work}: left by a build with other settings ({', '.join(changed)} differ);"
-                " give the same settings to resume it, or --restart to start over"
+                f"{self.work}: left by a build with other settings or inputs"
+                f" ({', '.join(changed)} differ); give the same ones to resume it, or --restart to"
+                " start over"
             )
 
     def __exit__(self, *failure: Any) -> None:

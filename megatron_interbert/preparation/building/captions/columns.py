@@ -3,11 +3,13 @@
 import itertools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from megatron_interbert.data.image_names import CAPTION_NUMBER, ENDING
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.captions.fields import (
     KNOWN,
+    LANGUAGE,
     SEVERAL,
     json_in_cell,
     plain,
@@ -16,12 +18,13 @@ from megatron_interbert.preparation.building.captions.fields import (
 )
 
 ADDRESS = re.compile(r"^https?://\S+$", re.IGNORECASE)
-LANGUAGE = re.compile(r"^[a-z]{2,3}([-_][A-Za-z]{2,4})?$")
 BASE64 = re.compile(r"^[A-Za-z0-9+/_=-]{40,}$")
 NUMBER = re.compile(r"^-?[\d.,]+$")
 NAME = re.compile(r"^\S+$")
 WORD = re.compile(r"^[^\W\d_]{1,30}([-'’][^\W\d_]+)*[.!?]?$")
 LETTER = re.compile(r"[^\W\d_]")
+HEADING = re.compile(r"^\s*[A-Za-z][\w /.:()-]{0,40}$")
+LABELS = "#;#"  # between the labels of a product (Product1M)
 EAST_ASIAN = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 MOST_CAPTIONS = 10  # of one image in the mean
 MOST = 0.8  # the share of its cells by which a column is judged
@@ -33,10 +36,15 @@ def is_header(row: Row) -> bool:
 
     All of them must look like names, and one or more be known.
     """
-    known = [cell for cell in row if plain(cell) in KNOWN or SEVERAL.match(plain(cell))]
-    words = all(re.match(r"^\s*[A-Za-z][\w /-]{0,40}$", cell) for cell in row if cell.strip())
+    known = [cell for cell in row if is_field(cell)]
+    words = all(HEADING.match(cell) for cell in row if cell.strip())
 
     return bool(known) and words and (len(known) > 1 or all(len(c.split()) < 3 for c in row))
+
+
+def is_field(name: Any) -> bool:
+    """Check whether a name is that of a field that we know."""
+    return plain(name) in KNOWN or bool(SEVERAL.match(plain(name)))
 
 
 def name_columns(rows: Sequence[Row]) -> list[str]:
@@ -92,12 +100,12 @@ def _is_text(cell: str) -> bool:
         return bool(texts) and all(isinstance(text, str) for text in texts)
 
     words = " " in cell or EAST_ASIAN.search(cell) or WORD.match(cell)
-    return bool(words and LETTER.search(cell)) and not _is_file(cell)
+    return bool(words and LETTER.search(cell)) and not _is_file(cell) and LABELS not in cell
 
 
 def _wordiness(cells: Sequence[str]) -> float:
     """Return the mean number of words in a column of texts, letters as the tie-break (a Chinese
-    character is a word); 0 for other columns.
+    character is a word), less for texts that repeat, as categories do; 0 for other columns.
     """
     if not _most(cells, _is_text):
         return 0.0
@@ -105,7 +113,7 @@ def _wordiness(cells: Sequence[str]) -> float:
     words = sum(len(cell.split()) + len(EAST_ASIAN.findall(cell)) for cell in cells)
     letters = sum(len(LETTER.findall(cell)) for cell in cells)
 
-    return (words + letters / 1000) / len(cells)
+    return (words + letters / 1000) / len(cells) * len(set(cells)) / len(cells)
 
 
 def _first_column(

@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +49,12 @@ TEXTS = (
     ("title", "item_title", "item_name", "product_title", "product_name", "goods_name"),
     ("query_text", "query"),
     ("comment", "comments", "description", "descriptions", "alt_text", "alttext", "alt"),
+    ("annotations",),
 )
 # caption_0, caption_1, ..; caption_en, caption_zh, ..
 SEVERAL = re.compile(r"^(caption|text|sentence|comment|description)s?_?(\d+|en|zh|de|fr|ja|cs)$")
+LANGUAGE = re.compile(r"^[a-z]{2,3}([-_][A-Za-z]{2,4})?$")
+FREQUENT = frozenset(("en", "zh", "de", "fr", "ja", "es"))
 LANGUAGES = ("lang", "language", "locale", "caption_language", "language_code")
 SPLITS = ("split", "set_name", "subset")
 REJECTED = ("is_rejected", "is_precanned")  # VizWiz
@@ -108,19 +111,30 @@ def _first(values: Mapping[str, Any], names: tuple[str, ...]) -> Any:
 
 
 def _text_field(values: Mapping[str, Any]) -> list[str]:
-    """Return the fields that hold the captions of a record: one, or several with numbers."""
-    several = [name for name in values if SEVERAL.match(name)]
+    """Return the fields that hold the captions of a record: one, or several, by number or by
+    language.
+    """
     for row in TEXTS:
         for name in row:
             if name in values:
                 return [name]
 
-    return several
+    several = [name for name in values if SEVERAL.match(name)]
+    records = {name: part for name, part in values.items() if isinstance(part, Mapping)}
+
+    return several or (_by_language(records) if _are_languages(records) else [])
+
+
+def _by_language(records: Mapping[str, Mapping[Any, Any]]) -> list[str]:
+    """Return the names of the records that hold captions (Crossmodal-3600)."""
+    return [
+        name for name, part in records.items() if _text_field({plain(n): part[n] for n in part})
+    ]
 
 
 def texts_of(value: Any) -> Iterator[Any]:
-    """Yield the captions in a value: a text, a list of them or of records with one, or lists by
-    where they come from, of which questions are left out.
+    """Yield the captions in a value: a text, a list of them or of records with one, texts by
+    language, or lists by where they come from, of which questions are left out.
     """
     value = json_in_cell(value)
 
@@ -128,7 +142,7 @@ def texts_of(value: Any) -> Iterator[Any]:
         inner = _text_field({plain(name): part for name, part in value.items()})
         lists = all(isinstance(part, list | tuple) for part in value.values())
         parts = [part for name, part in value.items() if plain(name) in inner]
-        if lists and not inner:  # by where they come from
+        if (lists or _are_languages(value)) and not inner:  # by where they come from, by language
             parts = [part for name, part in value.items() if not QUESTIONS.search(plain(name))]
         for part in parts:
             yield from texts_of(part)
@@ -137,6 +151,11 @@ def texts_of(value: Any) -> Iterator[Any]:
             yield from texts_of(part)
     else:
         yield value
+
+
+def _are_languages(names: Iterable[Any]) -> bool:
+    """Check whether some names are those of languages, one of them a frequent one."""
+    return all(LANGUAGE.match(str(name)) for name in names) and not FREQUENT.isdisjoint(names)
 
 
 def json_in_cell(value: Any) -> Any:

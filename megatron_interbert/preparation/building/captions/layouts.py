@@ -1,16 +1,27 @@
 """Read captions from a JSON file as a whole: find its records, whatever structure holds them."""
 
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.captions.columns import are_enough, name_columns
+from megatron_interbert.preparation.building.captions.columns import (
+    are_enough,
+    is_field,
+    name_columns,
+)
 from megatron_interbert.preparation.building.captions.fields import plain, read_record
 from megatron_interbert.preparation.building.captions.text_file import open_text
-from megatron_interbert.preparation.building.captions.wrapping import Placed, Wrapped
+from megatron_interbert.preparation.building.captions.wrapping import (
+    Placed,
+    Wrapped,
+    json_lines,
+)
 
 LOOKED_AT = 200  # records by which fields with unknown names are judged
+SPLIT = re.compile("(?:re)?(?:train|val|valid|validation|test|dev)(?:_?(?:set|data|split))?")
 Records = Iterator[tuple[str, Any]]
 
 
@@ -25,6 +36,21 @@ def whole_json(path: str) -> Wrapped:
         )
 
     return Wrapped(kind, words, lambda: _as_records(make(value)))
+
+
+def lines_of_json(path: str) -> Wrapped:
+    """Read an object on each line, whose fields may have unknown names."""
+    wrapped = json_lines(path)
+    first = itertools.islice(wrapped.records(), LOOKED_AT)
+    meaning = unknown_fields([record for _, record in first if isinstance(record, Mapping)])
+    if not meaning:
+        return wrapped
+
+    return Wrapped(
+        wrapped.kind,
+        f"{wrapped.words}, {in_words(meaning)}",
+        lambda: ((place, renamed(record, meaning)) for place, record in wrapped.records()),
+    )
 
 
 def load_json(path: str) -> Any:
@@ -95,7 +121,7 @@ def _name_images(records: list[Any]) -> bool:
 
 
 def _of_list(value: list[Any]) -> tuple[str, str, Callable[[Any], Records]]:
-    if _has_texts(value):
+    if _has_texts(value) and _name_images(value):
         return "json", "a JSON array of records", _listed
     if not value:
         return "", "an empty list", _nothing
@@ -110,23 +136,54 @@ def _of_list(value: list[Any]) -> tuple[str, str, Callable[[Any], Records]]:
 
 
 def _of_unknown_fields(value: list[Any]) -> tuple[str, str, Callable[[Any], Records]]:
-    """Find by looking which fields of records hold captions and images, if their names are
-    unknown.
-    """
     records = [record for record in value[:LOOKED_AT] if isinstance(record, Mapping)]
-    names = list(dict.fromkeys(name for record in records for name in record))
-    table = [[_cell(record.get(name, "")) for name in names] for record in records]
-    meaning = {
-        name: field for name, field in zip(names, name_columns(table), strict=False) if field
-    }
-    if not are_enough(list(meaning.values())):
-        return "", "a list of something else", _nothing
+    meaning = unknown_fields(records)
+    if not meaning:
+        names = list(dict.fromkeys(name for record in records for name in record))
+        what = f"objects with {', '.join(map(repr, names[:8]))}" if names else "something else"
+        return "", f"a list of {what}", _nothing
 
-    words = "a JSON array of records, " + ", ".join(
-        f"{name!r} read as {field}" for name, field in meaning.items()
+    return (
+        "json",
+        f"a JSON array of records, {in_words(meaning)}",
+        lambda whole: ((place, renamed(record, meaning)) for place, record in _listed(whole)),
     )
 
-    return "json", words, lambda whole: _renamed(whole, meaning)
+
+def unknown_fields(records: Sequence[Mapping[Any, Any]]) -> dict[Any, str]:
+    """Find by looking which fields hold captions and images, where no known field does: field ->
+    `caption`, `image` or `url`.
+
+    Returns {} if nothing is missing, or if it is not found.
+    """
+    found = [read_record(record) for record in records]
+    needed = set() if any(record.texts for record in found) else {"caption"}
+    if not any(record.images or record.address for record in found):
+        needed |= {"image", "url"}
+    if not needed:
+        return {}
+
+    names = list(dict.fromkeys(name for record in records for name in record))
+    table = [[_cell(record.get(name, "")) for name in names] for record in records]
+    seen = zip(names, name_columns(table), strict=False)
+    meaning = {name: field for name, field in seen if field in needed}
+    completed = [read_record(renamed(record, meaning)) for record in records]
+    enough = any(record.texts and (record.images or record.address) for record in completed)
+
+    return meaning if enough else {}
+
+
+def in_words(meaning: Mapping[Any, str]) -> str:
+    """Say which fields are read as what."""
+    return ", ".join(f"{name!r} read as {field}" for name, field in meaning.items())
+
+
+def renamed(record: Any, meaning: Mapping[Any, str]) -> Any:
+    """Return a record with what its fields of unknown names hold under names that are known."""
+    if not isinstance(record, Mapping):
+        return record
+
+    return {**record, **{field: record[name] for name, field in meaning.items() if name in record}}
 
 
 def _cell(value: Any) -> str:
@@ -135,12 +192,14 @@ def _cell(value: Any) -> str:
 
 
 def _of_dictionary(value: dict[str, Any]) -> tuple[str, str, Callable[[Any], Records]]:
-    if are_enough(list(value)):
+    found = read_record(value)
+    if are_enough(list(value)) or (found.texts and (found.images or found.address)):
         if all(isinstance(part, Mapping) for part in value.values()):
             return "json", f"columns {', '.join(value)}", _columns
         return "jsonl", "one JSON object", lambda whole: iter([("record 1", whole)])
 
-    if any(_captions_of(part) for part in value.values()):
+    fields = [name for name in value if is_field(name)]
+    if not fields and any(_captions_of(part) for part in value.values()):
         return "json-dict", "names of images, each with its captions", _dictionary
 
     return "", f"an object with {', '.join(map(repr, list(value)[:5]))}", _nothing
@@ -184,21 +243,15 @@ def _rows(rows: list[Any], fields: list[str]) -> Records:
         yield f"record {number}", dict(zip(fields, row, strict=True)) if fits else row
 
 
-def _renamed(records: list[Any], meaning: dict[str, str]) -> Records:
-    for number, record in enumerate(records, 1):
-        if isinstance(record, Mapping):
-            record = {meaning[name]: part for name, part in record.items() if name in meaning}
-        yield f"record {number}", record
-
-
 def _are_parallel(lists: dict[str, list[Any]]) -> bool:
     """Check whether lists hold one field each of the same records."""
     if len(lists) < 2 or len(set(map(len, lists.values()))) > 1:
         return False
 
-    first = read_record({name: part[0] for name, part in lists.items()})
+    rows = itertools.islice(zip(*lists.values(), strict=True), LOOKED_AT)
+    found = [read_record(dict(zip(lists, row, strict=True))) for row in rows]
 
-    return bool(first.texts and (first.images or first.address))
+    return any(record.texts and (record.images or record.address) for record in found)
 
 
 def _parallel(lists: dict[str, list[Any]]) -> Records:
@@ -212,11 +265,12 @@ def _columns(whole: dict[str, dict[str, Any]]) -> Records:
 
 
 def _dictionary(whole: dict[str, Any]) -> Records:
-    """Yield the captions of images by name; records that name their images themselves may be listed
-    by split instead.
+    """Yield the captions of images by name; records that name their images themselves, or are of a
+    split, may be listed by split instead.
     """
     for key, value in whole.items():
         for part in value if isinstance(value, list) else [value]:
             record = part if isinstance(part, Mapping) else {"caption": part}
-            own = _name_images([record])
+            found = read_record(record)
+            own = found.images or (found.address and SPLIT.fullmatch(key.lower()))
             yield f"{key[:80]!a}", {"split": key, **record} if own else {"image_id": key, **record}

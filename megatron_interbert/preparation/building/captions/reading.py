@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_interbert.encodings import CHINESE
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building import containers
-from megatron_interbert.preparation.building.captions.columns import LANGUAGE
-from megatron_interbert.preparation.building.captions.fields import Found, read_record
-from megatron_interbert.preparation.building.captions.layouts import whole_json
+from megatron_interbert.preparation.building.captions.fields import LANGUAGE, Found, read_record
+from megatron_interbert.preparation.building.captions.layouts import lines_of_json, whole_json
 from megatron_interbert.preparation.building.captions.tables import table
-from megatron_interbert.preparation.building.captions.text_file import CHINESE, read_lines
+from megatron_interbert.preparation.building.captions.text_file import read_lines
 from megatron_interbert.preparation.building.captions.wrapping import (
     TOKEN_LINE,
     Placed,
     Wrapped,
-    json_lines,
     token_lines,
 )
 
@@ -199,7 +198,7 @@ def _open(path: str, kind: str) -> Wrapped:
     if os.path.isdir(path) or containers.is_container(path):
         return _records_with_photos(path)
     if kind == "jsonl":
-        return json_lines(path)
+        return lines_of_json(path)
     if kind == "flickr-tokens":
         return token_lines(path)
     if kind in JSON_LAYOUTS:
@@ -255,7 +254,7 @@ def _guess(path: str) -> Wrapped | None:
     """Open a file as what its first line looks like."""
     first = _start(path).lstrip()
     if first.startswith("{") and _is_object(first) and _has_more_lines(path):
-        return json_lines(path)
+        return lines_of_json(path)
     if first.startswith(("{", "[")):
         return whole_json(path)
     if TOKEN_LINE.match(first):

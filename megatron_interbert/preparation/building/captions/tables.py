@@ -21,7 +21,16 @@ LOOKED_AT = 200  # rows by which a table is judged
 REGULAR = 0.8  # the share of them that must have the same number of columns
 MOST_LINES = 50  # of one row, whose cells may hold line ends
 LARGEST_CELL = 1 << 26  # characters
-DELIMITERS = {"\t": "tabs", "|": "bars", ",": "commas", ";": "semicolons"}
+DELIMITERS = {  # rare ones first: where one fits, it is no accident
+    "#####": "#####",  # Product1M
+    "\x01": "Hive's ^A",
+    "\t": "tabs",
+    "|": "bars",
+    ",": "commas",
+    ";": "semicolons",
+}
+QUOTED_BETWEEN = ",;|\t"  # cells between others are written as they are
+EXCEL = re.compile(r"^sep=.$", re.IGNORECASE)  # its note of the delimiter, above the table
 # a photo in base64, by its first bytes: JPEG, PNG, WebP, GIF, BMP or TIFF
 PHOTO = re.compile(
     r"^(?:data:image/\w+;base64,)?(?:[/_]9j[/_]|iVBORw0K|UklGR|R0lGOD|Qk|SUkq|TU0A)\S{32}"
@@ -50,7 +59,11 @@ class Layout:
         csv.field_size_limit(LARGEST_CELL)
 
         with open_text(path, what) as handle:
-            lines = ((n, line) for n, line in enumerate(handle, 1) if line.strip())
+            lines = (
+                (number, line)
+                for number, line in enumerate(handle, 1)
+                if line.strip() and not (number == 1 and EXCEL.match(line.strip()))
+            )
             if not self.quotes:
                 for number, line in lines:
                     yield number, [_unquoted(cell) for cell in line.split(self.delimiter)]
@@ -175,6 +188,10 @@ def _look_at(path: str, delimiters: Sequence[str]) -> Layout | None:
 def _candidates(delimiters: Sequence[str]) -> Iterator[Layout]:
     for delimiter in delimiters:
         plain = Layout(delimiter, quotes=False)
+        if delimiter not in QUOTED_BETWEEN:
+            yield plain
+            continue
+
         quoted = Layout(delimiter, quotes=True)
         spaced = Layout(delimiter, quotes=True, spaces=True)
         escaped = Layout(delimiter, quotes=True, escape="\\")
@@ -244,7 +261,7 @@ def _completed(fields: Sequence[str], looked: Sequence[str], texts: bool) -> lis
     taken = {"caption"} if texts else set()
 
     return [
-        name if ours or not seen or seen in taken else seen
+        name if ours or seen in ("", "lang") or seen in taken else seen
         for name, seen, ours in zip(fields, looked, known, strict=False)
     ]
 

@@ -3,17 +3,16 @@
 Other encodings are refused with the command that converts them.
 """
 
-import codecs
-import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
+import numpy as np
+
+from megatron_interbert.encodings import SAMPLE, guess_encoding, how_to_convert
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import reading
 
-SAMPLE = 1 << 20  # bytes by which the encoding is judged
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 UNPACK = "unpack it and give what is in it"
 OTHER_FILES = {  # first bytes -> what a file is, what to do
     b"\x1f\x8b": ("compressed (gzip)", UNPACK),
@@ -29,7 +28,6 @@ OTHER_FILES = {  # first bytes -> what a file is, what to do
     b"<!DOCTYPE": ("a web page", "download the file itself"),
     b"<html": ("a web page", "download the file itself"),
 }
-CHINESE = re.compile("[\u3400-\u9fff]")
 
 
 def open_text(path: str | Path, what: str = "--captions ") -> TextIO:
@@ -48,7 +46,9 @@ def open_text(path: str | Path, what: str = "--captions ") -> TextIO:
 
     try:
         _refuse_other_files(f"{what}{path}", sample)
-        _refuse_other_encodings(f"{what}{path}", path, sample)
+        encoding = guess_encoding(sample)
+        if encoding:
+            raise UsageError(f"{what}{path}: {how_to_convert(path, encoding)}")
     except BaseException:
         handle.close()
         raise
@@ -68,59 +68,6 @@ def _refuse_other_files(where: str, sample: bytes) -> None:
             raise UsageError(f"{where}: is {what}, expected text; {advice}")
 
 
-def _refuse_other_encodings(where: str, path: str | Path, sample: bytes) -> None:
-    """Raise UsageError for UTF-16, and for Chinese text that is not UTF-8.
-
-    A single line that is not UTF-8 is damaged, and is reported when it is read.
-    """
-    name = "UTF-16" if sample.startswith(UTF_16) else ""
-
-    if not name:
-        foreign = [line for line in _whole_lines(sample) if not line.isascii()]
-        wrong = [line for line in foreign if not _is_utf_8(line)]
-        if 2 * len(wrong) > len(foreign):
-            name = _guess_encoding(b"\n".join(wrong))
-
-    if name:
-        raise UsageError(
-            f"{where}: is not UTF-8 text but looks like {name}; convert it: iconv -f"
-            f" {name} -t UTF-8 '{path}' > '{Path(path).stem}-utf8{Path(path).suffix}'"
-        )
-
-
-def _whole_lines(sample: bytes) -> list[bytes]:
-    """Split a sample into lines, without the end that it may have cut off."""
-    lines = sample.split(b"\n")
-    if len(sample) == SAMPLE:
-        lines[-1] = lines[-1][: lines[-1].rfind(b'"') + 1]
-
-    return lines
-
-
-def _is_utf_8(line: bytes) -> bool:
-    try:
-        line.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-
-    return True
-
-
-def _guess_encoding(wrong: bytes) -> str:
-    """Guess in which encoding text that is not UTF-8 is Chinese; empty if in none."""
-    for name in ("GB18030", "BIG5"):
-        try:
-            text = wrong.decode(name)
-        except UnicodeDecodeError:
-            continue
-
-        chinese = len(CHINESE.findall(text))
-        if 2 * chinese > sum(not letter.isascii() for letter in text):
-            return name
-
-    return ""
-
-
 def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
     """Yield (number from 1, line without its end) of the lines that are not blank."""
     with open_text(path) as handle:
@@ -134,3 +81,14 @@ def clean_caption(text: str) -> str:
     """Return a caption on one line, with single spaces, and with `?` for what is no character."""
     line = " ".join(text.replace("\0", " ").split())
     return line.encode("utf-8", "replace").decode("utf-8")
+
+
+def clean_captions(value: Any) -> list[str]:
+    """Return the captions in a field of a record: text, bytes or a list of them; [] for others."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+
+    texts = list(value) if isinstance(value, list | tuple) else [value]
+    texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
+
+    return [clean_caption(text) for text in texts if isinstance(text, str) and text.strip()]

@@ -1,8 +1,8 @@
 """Read LMDB files with a row for each image: pickled dictionaries (ViLBERT, InterBERT, volta, mmf),
 msgpack (UNITER; tensorpack's rows for pretraining) or npz (UNITER's compressed ones).
 
-A tensorpack row is a list: features, class distribution, boxes, number of boxes, height, width,
-image id, caption; or a dictionary.
+A tensorpack row is a list: features, class distribution (not in those of Product1M), boxes, number
+of boxes, height, width, image id, caption (not in all); or a dictionary.
 """
 
 import io
@@ -23,6 +23,7 @@ from megatron_interbert.preparation.building.sources.lmdb_file import LmdbFile
 from megatron_interbert.preparation.building.sources.records import TRIED, Raw, RecordSource
 
 ROW = ("features", "class_probs", "boxes", "num_boxes", "height", "width", "image_id", "caption")
+ROW_WITHOUT_CLASSES = tuple(name for name in ROW if name != "class_probs")
 NOT_IMAGES = (b"keys", b"__keys__", b"__len__", b"__size__", b"image_ids", b"length")
 ZIP = b"PK\x03\x04"
 MAX_ITEMS = 100_000  # of a list or dictionary in msgpack, which allocates before it reads them
@@ -160,9 +161,14 @@ def _by_name(row: Any) -> dict[Any, Any]:
         raise BadRecord(
             "row of an unknown kind", f"a {type(row).__name__}, expected a dictionary or a list"
         )
-    if len(row) != len(ROW):
+
+    boxes = next(
+        (place for place, part in enumerate(row) if getattr(part, "shape", ())[1:] == (4,)), 0
+    )
+    fields = ROW if boxes == ROW.index("boxes") else ROW_WITHOUT_CLASSES
+    if len(fields) - len(row) not in (0, 1):
         raise BadRecord(
             "row of an unknown kind", f"a list of {len(row)}, expected {', '.join(ROW)}"
         )
 
-    return dict(zip(ROW, row, strict=True))
+    return dict(zip(fields, row, strict=False))

@@ -63,7 +63,7 @@ NAMES = {
         *("pred_scores", "class_conf", "class_scores"),
     ),
     "class_names": ("class", "class_names"),
-    "caption": ("caption",),
+    "caption": ("caption", "captions", "title"),
 }
 OF_REGIONS = (
     *("features", "boxes", "shares", "class_probs", "class_ids", "class_confidence"),

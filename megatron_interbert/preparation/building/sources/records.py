@@ -142,7 +142,7 @@ class RecordSource(ABC):
         except BadRecord as error:
             return Dropped(raw.where, name, error.reason, error.details)
 
-        captions = [(fields.caption, guess_language(fields.caption))] if fields.caption else []
+        captions = [(caption, guess_language(caption)) for caption in fields.captions]
 
         return Record(regions, raw.where, captions, labels=kind)
 

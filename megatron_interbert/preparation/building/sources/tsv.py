@@ -38,13 +38,14 @@ LXMERT = (
 BY_COUNT = {
     3: ("image_id", "num_boxes", "features"),
     len(BOTTOM_UP): BOTTOM_UP,
-    len(BOTTOM_UP) + 1: (*BOTTOM_UP, "cls_prob"),
+    len(BOTTOM_UP) + 1: (*BOTTOM_UP, "cls_prob"),  # or a caption (Product1M)
     len(LXMERT): LXMERT,
     len(LXMERT) + 3: (*LXMERT, "cls_prob", "attrs", "classes"),
 }
 NEEDED = {"image_id", "features"}
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 COUNT = re.compile(rb"^(b['\"])?\d+['\"]?$")  # a number, perhaps written as bytes
+BASE64 = re.compile(rb"^(b['\"])?[A-Za-z0-9+/]{40,}=*['\"]?$")
 LONGEST_LINE = 1 << 28
 
 
@@ -207,6 +208,8 @@ def _columns_of(values: list[bytes]) -> tuple[str, ...]:
         return (*("image_id", "", "", "")[: len(values) - 1], JSON)
 
     columns = BY_COUNT.get(len(values), ())
+    if columns[-1:] == ("cls_prob",) and not BASE64.match(values[-1]):
+        columns = (*columns[:-1], "caption")
     if columns and not COUNT.match(values[columns.index("num_boxes")].strip()):
         return ()  # a header of unknown names, or something else
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.preparation.building.captions.text_file import clean_caption
+from megatron_interbert.preparation.building.captions.text_file import clean_captions
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
 from megatron_interbert.preparation.building.sources.fields import (
     BACKGROUND_FIRST,
@@ -36,7 +36,7 @@ FILE_ENDINGS = (".npz", ".npy")  # some name an image by the file of its feature
 
 @dataclass
 class Fields:
-    """Hold the fields of a record for make_regions, how they were found, and its caption.
+    """Hold the fields of a record for make_regions, how they were found, and its captions.
 
     boxes: PIXELS or SHARES if the record itself tells, "" if both are possible. named: the boxes
     are in a field for shares. by_name: classes were given by names, so their numbers are ours.
@@ -49,7 +49,7 @@ class Fields:
     named: bool = False
     by_name: bool = False
     notes: list[str] = field(default_factory=list)
-    caption: str = ""
+    captions: list[str] = field(default_factory=list)
 
 
 def fields_of(
@@ -84,7 +84,7 @@ def fields_of(
         known = None if None in size else size
         found.boxes = box_kinds.measure(found.values["boxes"], known)
 
-    found.caption = clean_caption(str(raw.get("caption") or ""))
+    found.captions = clean_captions(raw.get("caption"))
 
     return found
 
