@@ -11,10 +11,12 @@ from collections import Counter
 
 import pytest
 
-from megatron_interbert.data.image_names import match_names
+from megatron_interbert.data.image_names import SAME, match_names
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
+from megatron_interbert.preparation.building.captions.table import CaptionTable
+from megatron_interbert.preparation.building.joining import Clashes, Images
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.fields import ReadOptions
 from megatron_interbert.preparation.building.sources.opening import open_features
@@ -422,3 +424,35 @@ def test_names_that_are_asked_for_mean_one_image_or_none():
     assert match_names(["1/main", "2/main"], {"main": 0}) == {}
     assert match_names(["1/main"], {"main": 0}) == {"1/main": 0}
     assert match_names(["7", "007"], {"007": 0}) == {"007": 0}
+
+
+def test_queries_mean_the_images_that_a_build_would_keep(tmp_path):
+    """Check match_names, which queries and clicks use, against the rules of --only."""
+
+    def some_names(chance):
+        sets = chance.sample(sorted(SPELLINGS), chance.randrange(1, 4))
+        spells = [chance.choice(SPELLINGS[chance.choice(sets)]) for _ in range(8)]
+        return list(dict.fromkeys(spell(chance.randrange(1, 5)) for spell in spells))
+
+    matched = 0
+    for seed in range(200):
+        ids = some_names(random.Random(f"ids {seed}"))
+        asked = some_names(random.Random(f"asked {seed}"))
+        images = Images()
+        for name in ids:
+            images.add(name, source=0, kept=True)
+
+        clashes = Clashes(images, double=set())
+        table = CaptionTable.create(tmp_path / f"{seed}.db", [], wanted=asked)
+        names = table.wanted_names()
+        meanings = [
+            (names[meaning.target], number)
+            for number, name in enumerate(ids)
+            for meaning in table.wanted_as(name)
+            if meaning.kind == SAME or clashes.allow(name, meaning)
+        ]
+        found = match_names(asked, {name: number for number, name in enumerate(ids)})
+        assert sorted(found.items()) == sorted(meanings), (ids, asked)
+        matched += len(found)
+
+    assert matched > 200
