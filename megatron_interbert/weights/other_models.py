@@ -43,7 +43,9 @@ OTHER_MODELS = (
     OtherModel("METER or BridgeTower", ("bridgetower.", "cross_modal_")),
     OtherModel("FLAVA", ("flava.", "image_to_mm_projection.", "multimodal_model.")),
     OtherModel("BLIP-2", ("qformer.", "Qformer.")),
-    OtherModel("ALBEF or BLIP", ("visual_encoder.", "vision_proj.", "text_decoder.")),
+    OtherModel(
+        "ALBEF or BLIP", ("visual_encoder.", "vision_proj.", "text_decoder.", "self_attn.qkv.")
+    ),
     OtherModel("OFA", ("embed_images.",)),
     OtherModel(
         "CLIP",

@@ -16,6 +16,7 @@ from megatron_interbert.preparation.building.sources.names import NAMES, OURS
 from tests.preparation import published
 from tests.preparation.formats import (
     bottom_up_line,
+    encoded,
     made_up_images,
     tensorpack_lmdb,
     write_lmdb,
@@ -153,6 +154,32 @@ def test_npy_files_with_other_companions_and_with_everything_in_one(tmp_path, im
     check(found, images, "none")
     check(built(tmp_path / "one", tmp_path / "b")[0], images, "none")
     assert "give the sizes of the images with --image-sizes" in refusal(tmp_path / "apart")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("rounded", ["float16", "float32"])
+@pytest.mark.parametrize("scale", [0.05, 1.0, 30.0])
+def test_floats_in_base64_are_read_as_they_were_written(tmp_path, dtype, rounded, scale):
+    """Check features, a third of them zero as after ReLU, that were perhaps rounded before, and
+    class distributions and confidences beside them.
+    """
+    images = made_up_images(4)
+    chance = np.random.default_rng(3)
+    header = "image_id\timage_w\timage_h\tnum_boxes\tboxes\tfeatures\tobjects_id\tobjects_conf\n"
+    lines = [header]
+    for image in images:
+        features = chance.gamma(1.0, scale, (len(image["boxes"]), 64)) - scale / 3
+        image["features"] = np.maximum(features, 0).astype(rounded).astype(dtype)
+        conf = encoded(image["cls_conf"], dtype)
+        line = bottom_up_line(image, classes=True).strip().split("\t")
+        line[5] = encoded(image["features"], dtype)
+        lines.append("\t".join([*line[:7], conf]) + "\n")
+
+    (tmp_path / "f.tsv").write_text("".join(lines))
+    found, manifest, how = built(tmp_path / "f.tsv", tmp_path / "store")
+    check(found, images)
+    assert manifest["feature_dim"] == 64
+    assert ("features written as" in how) == (dtype != "float32")
 
 
 def test_titles_in_features(tmp_path, images):

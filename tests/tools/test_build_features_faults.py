@@ -128,11 +128,11 @@ def test_bad_records_are_reported_and_the_others_kept(tmp_path, images):
 
 
 def test_records_of_odd_shapes_and_names_are_reported(tmp_path, images):
-    """Check confidences in float64, a single number as boxes, and a file name that is not UTF-8:
-    each is reported in a line.
+    """Check confidences of twelve bytes each, a single number as boxes, and a file name that is not
+    UTF-8: each is reported in a line.
     """
     values = lxmert_line(images[1]).rstrip("\n").split("\t")
-    values[4] = encoded(images[1]["cls_conf"], np.float64)
+    values[4] = encoded(np.repeat(images[1]["cls_conf"], 3), np.float32)
     (tmp_path / "x.tsv").write_text(
         lxmert_line(images[0]) + "\t".join(values) + "\n" + lxmert_line(images[2])
     )

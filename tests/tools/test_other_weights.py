@@ -16,6 +16,7 @@ from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.first_weights import load_initial_weights
 from megatron_interbert.weights.foreign import official_links, to_official
+from megatron_interbert.weights.other_models import refuse_other_models
 from megatron_interbert.weights.sources import open_weights
 from tests.corpus import CLASSES, FEATURES, VOCABULARY
 from tests.launching import TINY, launch, pretrain
@@ -347,3 +348,11 @@ def test_other_weights_do_not_start_a_run(store, tmp_path):
         f" {stranger}); give weights of InterBERT, or of BERT to start from"
     )
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ours", "vilbert.bin"]
+
+
+def test_blip_is_not_called_clip():
+    """Check the names that transformers gives to the towers of both."""
+    tower = "vision_model.encoder.layers.0.self_attn."
+    for name, model in ((f"{tower}qkv.weight", "ALBEF or BLIP"), (f"{tower}q_proj.weight", "CLIP")):
+        with pytest.raises(UsageError, match=f"weights of {model}, another model"):
+            refuse_other_models([name, "visual_projection.weight"], "x")

@@ -272,3 +272,10 @@ def test_the_command_says_what_are_no_photos(detector, tmp_path):
     assert code == 0, err
     assert "files that are no photos: 1 .json (give captions with --captions)" in out
     assert "1 images" in out
+
+
+def test_a_single_photo_is_refused_in_words(tmp_path):
+    for name in ("photo.jpg", "photo"):
+        (tmp_path / name).write_bytes(photo(1))
+        with pytest.raises(UsageError, match="is a single photo; give the folder that holds it"):
+            open_photos(tmp_path / name)

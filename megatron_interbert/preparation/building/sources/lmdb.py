@@ -162,10 +162,8 @@ def _by_name(row: Any) -> dict[Any, Any]:
             "row of an unknown kind", f"a {type(row).__name__}, expected a dictionary or a list"
         )
 
-    boxes = next(
-        (place for place, part in enumerate(row) if getattr(part, "shape", ())[1:] == (4,)), 0
-    )
-    fields = ROW if boxes == ROW.index("boxes") else ROW_WITHOUT_CLASSES
+    second = getattr(row[1], "shape", ()) if len(row) == len(ROW) - 1 else ()
+    fields = ROW_WITHOUT_CLASSES if second[1:] == (4,) else ROW  # boxes come second
     if len(fields) - len(row) not in (0, 1):
         raise BadRecord(
             "row of an unknown kind", f"a list of {len(row)}, expected {', '.join(ROW)}"

@@ -284,6 +284,8 @@ def open_photos(path: str | Path) -> list[PhotoFiles]:
         raise UsageError(f"{path}: no such file or folder, expected one with photos")
     if containers.is_container(place):
         return [ContainerPhotos(place)]
+    if _is_photo(place):
+        raise UsageError(f"{path}: is a single photo; give the folder that holds it")
     if place.suffix.lower() in (".zip", ".gz", ".tgz", ".bz2", ".xz"):
         raise UsageError(f"{path}: is compressed; unpack it and give the folder or file")
 

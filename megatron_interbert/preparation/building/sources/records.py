@@ -1,9 +1,10 @@
 """Make regions of published records, whatever the file; subclasses say where records are.
 
-Whether boxes are in pixels or shares of the image is decided once for a source, from its first
-records.
+Whether boxes are in pixels or shares of the image, and of which type are features in base64, is
+decided once for a source, from its first records.
 """
 
+import contextlib
 import itertools
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -19,14 +20,25 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.captions.reading import guess_language
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
+from megatron_interbert.preparation.building.sources.encoded import (
+    FLOAT32,
+    float_type,
+    start_of,
+)
 from megatron_interbert.preparation.building.sources.fields import (
     BadRecord,
     ReadOptions,
     make_regions,
 )
 from megatron_interbert.preparation.building.sources.looking import Look
+from megatron_interbert.preparation.building.sources.names import renamed
 from megatron_interbert.preparation.building.sources.sizes import read_sizes
-from megatron_interbert.preparation.building.sources.values import Fields, fields_of, image_name
+from megatron_interbert.preparation.building.sources.values import (
+    Fields,
+    fields_of,
+    image_name,
+    spread,
+)
 
 LOOKED_AT = 20  # records that decide how a source is read
 TRIED = 100  # first records, one of which must be good
@@ -83,6 +95,19 @@ class RecordSource(ABC):
         return []
 
     @cached_property
+    def floats(self) -> np.dtype:
+        """Return the type of features in base64, which the first records tell."""
+        starts = []
+        for raw in itertools.islice(self.raw(self.first_unit()), LOOKED_AT):
+            if isinstance(raw, Dropped):
+                continue
+            with contextlib.suppress(Exception):  # a damaged record is reported where it is read
+                fields, _ = renamed(spread(raw.values))
+                starts.append(start_of(fields.get("features"), "features"))
+
+        return float_type(starts)
+
+    @cached_property
     def look(self) -> Look:
         """Read the first records and decide how all are read; raise UsageError if none is good."""
         unit = self.first_unit()
@@ -110,6 +135,8 @@ class RecordSource(ABC):
             else:
                 dense = np.shape(fields.values.get("class_probs", ()))[-1:]
                 width = regions.features.shape[1]
+                if self.floats != FLOAT32:
+                    fields.notes.append(f"features written as {self.floats}")
                 return Look(shares, width, labels, fields, dense, regions.size)
 
         raise UsageError(
@@ -149,7 +176,7 @@ class RecordSource(ABC):
     def _fields(self, raw: Raw) -> Fields | Dropped:
         name = image_name(raw.image_id)
         try:
-            return fields_of(raw.values, name, self.sizes, self.classes)
+            return fields_of(raw.values, name, self.sizes, self.classes, self.floats)
         except BadRecord as error:
             return Dropped(raw.where, name, error.reason, error.details)
         except UsageError:  # nothing can be read at all: not this record's fault

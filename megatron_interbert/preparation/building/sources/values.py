@@ -2,9 +2,6 @@
 lists, base64 text, or text of those.
 """
 
-import ast
-import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +10,15 @@ import numpy as np
 
 from megatron_interbert.preparation.building.captions.text_file import clean_captions
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
+from megatron_interbert.preparation.building.sources.encoded import (
+    FLOAT32,
+    array_of,
+    bytes_of,
+    decoded,
+    holds_text,
+    trimmed,
+    unquoted,
+)
 from megatron_interbert.preparation.building.sources.fields import (
     BACKGROUND_FIRST,
     BACKGROUND_NONE,
@@ -27,8 +33,6 @@ from megatron_interbert.preparation.building.sources.names import (
 )
 
 SINGLE = ("image_id", "width", "height", "num_boxes")
-MATRICES = ("features", "boxes", "class_probs")
-WORDS = {"class_ids": "class ids", "class_confidence": "class confidences"}
 OBJECT_LISTS = ("objects", "regions", "instances", "detections")
 CONTAINERS = (list, tuple, dict, set, frozenset)
 FILE_ENDINGS = (".npz", ".npy")  # some name an image by the file of its features
@@ -57,11 +61,13 @@ def fields_of(
     name: str,
     sizes: Mapping[str, tuple[float, float]],
     classes: Mapping[str, int],
+    floats: np.dtype = FLOAT32,
 ) -> Fields:
     """Return the fields of a record; raise BadRecord if it is malformed.
 
     name: of the image, if the record itself has none. sizes: of images whose records have none.
-    classes: number of each name of a class, background counted; empty: unknown.
+    classes: number of each name of a class, background counted; empty: unknown. floats: type of
+    features in base64.
     """
     raw, spelled = renamed(spread(values))
     raw = {key: unquoted(value) for key, value in raw.items()}
@@ -72,7 +78,7 @@ def fields_of(
             raise BadRecord(f"{key} is not a single value", f"a {type(raw[key]).__name__}")
 
     found.values["image_id"] = image_name(raw.get("image_id", name))
-    rows = _add_features(found, raw, values)
+    rows = _add_features(found, raw, values, floats)
     _add_boxes(found, raw, rows or len(found.values["features"]))
     if not rows:
         rows = _cut_padding(found.values)
@@ -89,7 +95,9 @@ def fields_of(
     return found
 
 
-def _add_features(found: Fields, raw: dict[str, Any], values: Mapping[Any, Any]) -> int:
+def _add_features(
+    found: Fields, raw: dict[str, Any], values: Mapping[Any, Any], floats: np.dtype
+) -> int:
     """Add features [R, F], and the boxes at their end to `raw`; return the number of regions that
     the record states (0: none).
     """
@@ -101,8 +109,8 @@ def _add_features(found: Fields, raw: dict[str, Any], values: Mapping[Any, Any])
         raise BadRecord("'features' is missing", f"found {there}")
 
     rows = _rows(raw)
-    features = _array(raw["features"], rows, np.float32, "features")
-    features = _trimmed(_by_region(features, raw.get("boxes"), rows), rows, "features")
+    features = array_of(raw["features"], rows, floats, "features")
+    features = trimmed(_by_region(features, raw.get("boxes"), rows), rows, "features")
     features, last = box_kinds.split_features(features)
     if last is not None:
         raw.setdefault("shares", last)
@@ -136,25 +144,6 @@ def spread(values: Mapping[Any, Any]) -> dict[Any, Any]:
 
 def _all_dictionaries(values: list[Any]) -> bool:
     return bool(values) and all(isinstance(value, dict) for value in values)
-
-
-def unquoted(value: Any) -> Any:
-    """Return what `str()` of bytes has made text of: b'text' becomes text."""
-    if not isinstance(value, str | bytes):
-        return value
-
-    text = value[:2].decode("latin-1") if isinstance(value, bytes) else value[:2]
-    if text not in ("b'", 'b"') or len(value) < 3 or value[-1:] != value[1:2]:
-        return value
-    if isinstance(value, bytes):
-        value = value.decode("utf-8", "replace")
-
-    if "\\" not in value:
-        return value[2:-1]
-    try:
-        return ast.literal_eval(value)
-    except (ValueError, SyntaxError):  # it only looks like that
-        return value
 
 
 def image_name(value: Any) -> str:
@@ -192,76 +181,9 @@ def _rows(raw: Mapping[str, Any]) -> int:
 
     boxes = raw.get("boxes", raw.get("shares"))
     if isinstance(raw["features"], str | bytes) and isinstance(boxes, str | bytes):
-        return len(_bytes(boxes, "boxes")) // 16  # four floats each
+        return len(bytes_of(boxes, "boxes")) // 16  # four floats each
 
     return 0
-
-
-def _bytes(text: str | bytes, name: str) -> bytes:
-    try:
-        return base64.b64decode(text, validate=True)
-    except (binascii.Error, ValueError, TypeError) as error:
-        raise BadRecord(f"{name} is not base64", str(error)) from error
-
-
-def _array(value: Any, rows: int, dtype: Any, name: str) -> np.ndarray:
-    """Return a field as an array, from its base64 text, a list or an array; `rows` regions (0:
-    unknown).
-    """
-    if isinstance(value, list | tuple):
-        value = _of_list(value, dtype, name)
-    if isinstance(value, str | bytes):
-        data = _bytes(value, name)
-        if rows <= 0 or not data or len(data) % (np.dtype(dtype).itemsize * rows):
-            raise BadRecord(
-                f"{name} does not fit the number of boxes", f"{len(data)} bytes for {rows} boxes"
-            )
-        return np.frombuffer(data, dtype).reshape(rows, -1)
-
-    array = np.asarray(value)
-    while array.ndim > 2 and array.shape[0] == 1:
-        array = array[0]
-    while array.ndim > 2 and array.shape[-1] == 1:
-        array = array[..., 0]
-    if array.ndim == 1 and rows and array.size % rows == 0 and name in MATRICES:
-        array = array.reshape(rows, -1)
-
-    return array
-
-
-def _trimmed(array: np.ndarray, rows: int, name: str) -> np.ndarray:
-    """Return the rows of an array that belong to regions, without those by which it is padded."""
-    if array.ndim == 0 or len(array) < rows:
-        raise BadRecord(
-            f"{WORDS.get(name, name)} do not fit the number of boxes",
-            f"{array.shape} for {rows} boxes",
-        )
-
-    return array[:rows] if rows else array
-
-
-def _of_list(value: Any, dtype: Any, name: str) -> np.ndarray:
-    """Convert a list of numbers, or of the base64 text of each region, to an array.
-
-    NumPy would give each text of a list the width of the longest.
-    """
-    if value and all(isinstance(item, str | bytes) for item in value):
-        parts = [np.frombuffer(_bytes(unquoted(item), name), dtype) for item in value]
-        if len({len(part) for part in parts}) > 1:
-            raise BadRecord(f"{name} of different lengths")
-        return np.stack(parts)
-
-    if _holds_text(value):
-        raise BadRecord(f"{name} are not numbers", "a list with text in it")
-
-    return np.asarray(value)
-
-
-def _holds_text(value: Any) -> bool:
-    if not isinstance(value, list | tuple):
-        return False
-
-    return any(isinstance(item, str | bytes) or _holds_text(item) for item in value)
 
 
 def _by_region(features: np.ndarray, boxes: Any, rows: int) -> np.ndarray:
@@ -285,11 +207,11 @@ def _add_boxes(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
 
     value = raw[name]
     if isinstance(value, str | bytes):
-        value = box_kinds.decode_boxes(_bytes(value, name), rows)
+        value = box_kinds.decode_boxes(bytes_of(value, name), rows)
 
     found.named = name == "shares"
-    boxes = _array(value, rows, np.float32, "boxes")
-    found.values["boxes"] = box_kinds.corners(_trimmed(boxes, rows, "boxes"))
+    boxes = array_of(value, rows, np.float32, "boxes")
+    found.values["boxes"] = box_kinds.corners(trimmed(boxes, rows, "boxes"))
 
 
 def _cut_padding(values: dict[str, Any]) -> int:
@@ -324,7 +246,7 @@ def _add_size(
         name = found.values["image_id"]
         size = sizes.get(name, sizes.get(name.rsplit("/", 1)[-1]))
     if size is None and "boxes" in raw and "shares" in raw:
-        shares = _array(raw["shares"], len(found.values["boxes"]), np.float32, "boxes")
+        shares = array_of(raw["shares"], len(found.values["boxes"]), np.float32, "boxes")
         size = box_kinds.size_of_image(found.values["boxes"], shares)
     if size is not None:
         pair = [float(v) for v in np.asarray(size).reshape(-1)]
@@ -337,7 +259,7 @@ def _add_labels(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
     """Add class_probs, class_ids and class_confidence, told apart by their shapes."""
     for name, dtypes in (
         ("class_probs", ("f4",)),
-        ("class_confidence", ("f4",)),
+        ("class_confidence", ("f4", "f8", "f2")),
         ("class_ids", ("i8", "i4")),
     ):
         value = raw.get(name)
@@ -346,9 +268,9 @@ def _add_labels(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
         if name == "class_ids" and _are_words(value):
             continue
         if isinstance(value, str | bytes):
-            value = _decoded(value, rows, dtypes, name)
+            value = decoded(value, rows, dtypes, name)
 
-        array = _trimmed(_array(value, rows, dtypes[0], name), rows, name)
+        array = trimmed(array_of(value, rows, dtypes[0], name), rows, name)
         if array.ndim == 2 and array.shape[1] == 1:
             array = array[:, 0]
         if name == "class_ids":
@@ -374,9 +296,7 @@ def _add_named_classes(found: Fields, raw: Mapping[str, Any], classes: Mapping[s
     if -1 in known:
         raise BadRecord("a class that is not in --class-names", str(words[known.index(-1)])[:60])
 
-    found.values["class_ids"] = _trimmed(
-        np.array(known), len(found.values["features"]), "class_ids"
-    )
+    found.values["class_ids"] = trimmed(np.array(known), len(found.values["features"]), "class_ids")
     found.scheme = BACKGROUND_FIRST
     found.by_name = True
 
@@ -386,18 +306,4 @@ def _are_words(value: Any) -> bool:
     if isinstance(value, np.ndarray):
         return value.dtype.kind in "USO"
 
-    return isinstance(value, list | tuple) and _holds_text(value)
-
-
-def _decoded(value: str | bytes, rows: int, codes: tuple[str, ...], name: str) -> np.ndarray:
-    """Return base64 text as an array with one row for each region."""
-    data = _bytes(value, name)
-    for code in codes:
-        width, rest = divmod(len(data), rows * np.dtype(code).itemsize)
-        if rest == 0 and (width == 1 or (width > 1 and name == "class_probs")):
-            return np.frombuffer(data, code).reshape(rows, -1)
-
-    raise BadRecord(
-        f"{WORDS.get(name, name)} do not fit the number of boxes",
-        f"{len(data)} bytes for {rows} boxes",
-    )
+    return isinstance(value, list | tuple) and holds_text(value)
