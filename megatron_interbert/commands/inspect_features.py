@@ -3,9 +3,9 @@
     interbert inspect-features coco --image-folder train2014
 
 Counts regions, boxes, captions and classes; finds broken records, repeats and empty captions;
-detects from the data whether class ids are shifted or boxes have a wrong format; reports whether
-its layout is fast. Writes inspection.html and inspection.json. Exit code 1 if there are problems, 2
-for wrong use.
+detects from the data whether class ids are shifted, captions are of other images or boxes have a
+wrong format; reports whether its layout is fast. Writes inspection.html and inspection.json. Exit
+code 1 if there are problems, 2 for wrong use.
 """
 
 import sys

@@ -69,8 +69,10 @@ def real_captions():
     return captions
 
 
-def write_real(path, shift=0, boxes=WRONG[""], languages=("en", "zh")):
-    """Write the real images as a store, with class ids shifted and boxes changed."""
+def write_real(path, shift=0, boxes=WRONG[""], languages=("en", "zh"), captions_of=None):
+    """Write the real images as a store, with class ids shifted, boxes changed, and captions of
+    other images, given by their ids.
+    """
     names = ["background", *(DATA / "vocab" / "objects_vocab.txt").read_text().splitlines()]
     captions = real_captions()
 
@@ -88,7 +90,8 @@ def write_real(path, shift=0, boxes=WRONG[""], languages=("en", "zh")):
             regions = Regions(
                 name, size, features, boxes(corners), labels, confidence.astype(np.float32)[:, None]
             )
-            writer.add(regions, [pair for pair in captions[name] if pair[1] in languages])
+            texts = captions[captions_of[name] if captions_of else name]
+            writer.add(regions, [pair for pair in texts if pair[1] in languages])
 
     return path
 
@@ -119,6 +122,50 @@ def test_shifted_ids_of_real_images_are_found(tmp_path, shift, languages):
         assert problems["class ids"].mend == "rebuild with --class-ids background-first"
 
     assert "box format" in levels(report, "ok")
+
+
+@needs_shared
+@pytest.mark.parametrize("seed", range(4))
+def test_captions_of_other_images_are_found(tmp_path, seed):
+    names = [name for name, *_ in real_images()]
+    others = np.random.default_rng(seed).permutation(names).tolist()
+    wrong = write_real(tmp_path / "wrong", captions_of=dict(zip(names, others, strict=True)))
+    found = levels(inspect_store(RegionStore(wrong), InspectionOptions()), "problem")
+    assert list(found) == ["pairs"]
+    assert found["pairs"].what.endswith("no better than those of other images")
+
+    right = {name: name for name in names}
+    half = {**right, **dict(zip(names[::2], names[2::2] + names[:1], strict=True))}
+    for number, pairs in enumerate((right, half)):
+        store = RegionStore(write_real(tmp_path / str(number), captions_of=pairs))
+        assert "pairs" in levels(inspect_store(store, InspectionOptions()), "ok")
+
+
+def test_captions_of_a_wrong_column_and_what_was_left_out_are_found(tmp_path):
+    texts = ["https://x.org/a b.jpg", "https://x.org/1.jpg", "1.jpg", "480", "a dog", "3 dogs"]
+    with RegionStoreWriter(
+        tmp_path / "store",
+        feature_dim=4,
+        num_classes=3,
+        detector={"name": "x"},
+        soft_labels="top_1",
+    ) as writer:
+        for number, text in enumerate(texts):
+            rows = np.random.default_rng(number).random((2, 4))
+            boxes = np.array([[0, 0, 5, 5], [1, 2, 9, 8]], np.float32)
+            ids, sure = np.ones((2, 1), np.int64), np.ones((2, 1), np.float32)
+            writer.add(Regions(str(number), (10.0, 10.0), rows, boxes, ids, sure), [(text, "en")])
+
+    store = RegionStore(str(tmp_path / "store"))
+    store.manifest["captions_left_out"] = {"no image of that name": 3}
+    store.manifest["dropped"] = {"not in --only": 90}
+    report = inspect_store(store, InspectionOptions())
+    assert levels(report, "problem")["odd captions"].what == (
+        "3 of 6 captions are addresses, names of files or numbers"
+    )
+    warnings = levels(report, "warning")
+    assert "no image of that name (3)" in warnings["captions left out"].what
+    assert "images left out" not in warnings, "--only was asked for"
 
 
 @needs_shared
@@ -192,6 +239,8 @@ def test_shifted_ids_of_the_generated_world_are_found(shift):
         silent.add(labels, heights, [])
 
     assert evidence.result()["shift"] == -shift
+    assert evidence.result()["captions_fit"]
+    assert silent.result()["captions_fit"] is None
     assert silent.result()["evidence"] == "none", "objects of this world may be anywhere"
     assert silent.result()["said"].startswith("not enough evidence")
 

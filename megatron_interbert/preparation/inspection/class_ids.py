@@ -1,4 +1,5 @@
-"""Detect shifted class ids, from how well class names fit captions, or places in the image.
+"""Detect shifted class ids, from how well class names fit captions, or places in the image; and
+captions that are of other images, if class names fit them no better than by chance.
 
 Images are added one at a time to sums of fixed size. Each score is compared with what chance would
 give, so frequent words do not win.
@@ -16,6 +17,7 @@ LEAST_IMAGES = 5
 # In a large store words that often occur together (street, car) match clearly more often than by
 # chance too, but not by a large factor.
 LEAST_LIFT = 1.5
+USUAL_LIFT = 2.5  # of names in the captions of their own image, at least (4.6 in 20 real images)
 IRREGULAR = {
     "men": "man",
     "women": "woman",
@@ -204,6 +206,7 @@ class ClassShift:
                     "shift": shift,
                     "images": images,
                     "scores": scores,
+                    "captions_fit": self.captions_fit(),
                     "said": _said(evidence, shift),
                 }
 
@@ -213,7 +216,25 @@ class ClassShift:
             f" {self.images} with regions"
         )
 
-        return {**_nothing(said), "images": self.images, "scores": scores}
+        return {
+            **_nothing(said),
+            "images": self.images,
+            "scores": scores,
+            "captions_fit": self.captions_fit(),
+        }
+
+    def captions_fit(self) -> bool | None:
+        """Check whether class names, shifted or not, fit the captions of their own image better
+        than by chance; None if the images are too few to tell.
+        """
+        scores = self.by_captions()
+        if max(row["z"] for row in scores) >= CLEAR:
+            return True
+
+        none = scores[SHIFTS.index(0)]
+        usual = _score(0, USUAL_LIFT * none["expected"], none["expected"], none["variance"])
+
+        return False if self.captioned >= LEAST_IMAGES and usual["z"] > CLEAR else None
 
 
 def decide(scores: Sequence[dict[str, Any]]) -> int | None:
@@ -245,18 +266,26 @@ def _shifted(values: np.ndarray, shift: int) -> np.ndarray:
     return result
 
 
-def _score(shift: int, matches: int, expected: float, variance: float) -> dict[str, Any]:
+def _score(shift: int, matches: float, expected: float, variance: float) -> dict[str, Any]:
     z = (matches - expected) / np.sqrt(max(variance, 1.0))
     return {
         "shift": shift,
         "matches": matches,
         "expected": round(float(expected), 1),
+        "variance": round(float(variance), 1),
         "z": round(float(z), 1),
     }
 
 
 def _nothing(said: str) -> dict[str, Any]:
-    return {"evidence": "none", "shift": None, "images": 0, "scores": [], "said": said}
+    return {
+        "evidence": "none",
+        "shift": None,
+        "images": 0,
+        "scores": [],
+        "captions_fit": None,
+        "said": said,
+    }
 
 
 def _said(evidence: str, shift: int) -> str:

@@ -17,6 +17,8 @@ from megatron_interbert.preparation.building.sources.boxes import split_features
 SHOWN = 20  # places listed for each finding; the rest are only counted
 AREA_EDGES = (0, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)?")
+# an address, the name of a file, or a number
+NO_TEXT = re.compile(r"^(?:[a-z]+://\S+|\S+\.(?:jpe?g|png|webp|gif)|[-\d.,]+)$", re.IGNORECASE)
 CJK = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7a3\uf900-\ufaff]")
 CONFIDENT = 0.2  # probability from which a region's label counts as evidence
 
@@ -159,6 +161,7 @@ class Counts:
                 len("".join(text.split())) if chinese else len(words)
             )
             self.find("empty_captions", where, not words)
+            self.find("odd_captions", where, bool(NO_TEXT.match(text.strip())))
             self.find("repeated_captions", where, text.strip() in seen)
             seen.add(text.strip())
             self.caption_hashes.append(digest(text.strip().encode()))

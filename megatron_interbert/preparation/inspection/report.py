@@ -215,6 +215,8 @@ def _counts(inspector: Inspector) -> dict[str, Any]:
         "repaired_when_built": manifest.get("repaired_boxes"),
         "inverted_when_built": manifest.get("inverted_boxes"),
         "repaired_when_read": store.repaired_boxes,
+        "images_left_out": manifest.get("dropped") or {},
+        "captions_left_out": manifest.get("captions_left_out") or {},
         "repeated_texts": counts.repeated_texts(),
         "unlabelled_regions": counts.unlabelled,
     }

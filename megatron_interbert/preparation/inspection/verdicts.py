@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
+from megatron_interbert.preparation.building.joining import NOT_WANTED, OF_DROPPED
 from megatron_interbert.preparation.inspection import boxes as box_formats
 from megatron_interbert.preparation.inspection import class_ids
 from megatron_interbert.preparation.inspection.counts import SHOWN, Finding
@@ -50,6 +51,14 @@ SIMPLE = {
         0.05,
         "fix the caption file and rebuild",
     ),
+    "odd_captions": (
+        "captions are addresses, names of files or numbers",
+        "captions",
+        0.001,
+        0.05,
+        "another column of the caption file holds the texts: name the columns in its first line,"
+        " and rebuild",
+    ),
     "unreadable_captions": (
         "images have captions that are not UTF-8",
         "images",
@@ -88,6 +97,8 @@ def judge(
         *_repeats(report, repeated),
         *_boxes(report),
         *_labels(report),
+        *_pairs(report),
+        *_left_out(report),
         *_layout(report),
     ]
     return sorted(verdicts, key=lambda verdict: (PROBLEM, WARNING, OK).index(verdict.level))
@@ -263,6 +274,43 @@ def _labels(report: Report) -> Iterator[Verdict]:
             f"{names} names for {expected} classes",
             "rebuild with the right --class-names",
         )
+
+
+def _pairs(report: Report) -> Iterator[Verdict]:
+    """Judge whether captions are of their images; class ids that fit places are not at fault."""
+    fit = report.class_shift["captions_fit"]
+    if fit is None:
+        return
+    if fit:
+        yield Verdict(OK, "pairs", "class names fit the captions of their own images")
+        return
+
+    yield Verdict(
+        PROBLEM if report.class_shift["evidence"] == "places" else WARNING,
+        "pairs",
+        "class names fit the captions of their own images no better than those of other images",
+        "captions may be of other images: compare names in the caption file with the ids of the"
+        " features, and look at the examples on the page",
+    )
+
+
+def _left_out(report: Report) -> Iterator[Verdict]:
+    """Judge what a build has left out without being asked to, by reason."""
+    for unit in ("images", "captions"):
+        reasons = {
+            reason: count
+            for reason, count in report.counts[f"{unit}_left_out"].items()
+            if reason not in (NOT_WANTED, OF_DROPPED)
+        }
+        left_out = sum(reasons.values())
+        if left_out > SOME * (left_out + report.counts[unit]):
+            why = ", ".join(f"{reason} ({count})" for reason, count in reasons.items())
+            yield Verdict(
+                WARNING,
+                f"{unit} left out",
+                f"{left_out} {unit} were left out when the store was built: {why}",
+                "see dropped.jsonl in the store; rebuild if they should be in it",
+            )
 
 
 def _background(report: Report) -> Iterator[Verdict]:
