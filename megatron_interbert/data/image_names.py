@@ -27,7 +27,8 @@ ENDING = re.compile(
 CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,10}[#_]?)?\d+$", re.IGNORECASE)  # Flickr's `1.jpg#zhc#0`
 ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
-SPLIT = re.compile(r"train|val|test|dev")  # in the names of folders
+# a word in the name of a folder, as in train2014
+SPLIT = re.compile(r"(?<![a-z])(train|val|test|dev)(?:ing|idation)?(?![a-z])")
 LONG_STEM = 7  # letters of a file name that is unlikely to be in several folders
 MOST_FOLDERS = 3  # that the end of a path may have
 
@@ -120,14 +121,16 @@ def _path_and_ending(text: str) -> tuple[str, str]:
     return (path[: ending.start()], ending[0].lower()) if ending else (path, "")
 
 
-def folders_differ(one: ImageName, other: ImageName) -> bool:
-    """Check whether the folders of two names with the same end say that they are different images.
+def paths_differ(one: ImageName, other: ImageName) -> bool:
+    """Check whether the paths of two names that share a key say that they are different images.
 
-    They do if none of the paths is the end of the other, and if the file names are short, as those
-    of `1/main.jpg` and `2/main.jpg`, or the folders name different splits, as `train` and `val`.
+    They do if none is the end of the other, and if the file names are short, as those of
+    `1/main.jpg` and `2/main.jpg`, or the folders name different splits, as `train` and `val`.
+    COCO's names need no folders: they differ if the file names do.
     """
-    paths = sorted((f"/{one.path}", f"/{other.path}"), key=len)
-    if paths[1].endswith(paths[0]) or (one.is_coco and other.is_coco):
+    if one.is_coco and other.is_coco:
+        return one.stem != other.stem
+    if _is_end(one, other):
         return False
 
     if "/" not in one.path or "/" not in other.path:
@@ -135,10 +138,7 @@ def folders_differ(one: ImageName, other: ImageName) -> bool:
     if min(len(one.stem), len(other.stem)) < LONG_STEM:
         return True
 
-    splits = [
-        {word[:3] for word in SPLIT.findall(name.path.rpartition("/")[0].lower())}
-        for name in (one, other)
-    ]
+    splits = [set(SPLIT.findall(name.path.rpartition("/")[0].lower())) for name in (one, other)]
 
     return bool(splits[0] and splits[1] and splits[0] != splits[1])
 
@@ -146,25 +146,35 @@ def folders_differ(one: ImageName, other: ImageName) -> bool:
 def are_different_images(names: Iterable[str], kind: int) -> bool:
     """Check whether names that share a key of some kind mean more than one image.
 
-    FILE: they have different endings. FOLDER: they are not all ends of one path. NUMBER: they are
-    spelt in different ways, as Visual Genome's `9` and COCO's `COCO_train2014_000000000009`.
+    They do if they have different endings. FOLDER and NUMBER: also if they are not all ends of one
+    path, for COCO's names are unique without it. NUMBER: also if they are spelt in different ways,
+    as Visual Genome's `9` and COCO's `COCO_train2014_000000000009`.
     """
-    known = ""
-    longest = ""
+    first = longest = ImageName("")
+    ending = ""
 
     for text in names:
         name = ImageName(text)
-        if kind == FOLDER:
-            shorter, longest = sorted((f"/{name.path}", longest), key=len)
-            if not longest.endswith(shorter):
-                return True
-        else:
-            spelling = name.ending if kind == FILE else name.stem
-            if known and spelling and spelling != known:
-                return True
-            known = known or spelling
+        if ending and name.ending and name.ending != ending:
+            return True
+        ending = ending or name.ending
+        if kind == FILE:
+            continue
+
+        if not (name.is_coco and longest.is_coco) and not _is_end(name, longest):
+            return True
+        longest = max(name, longest, key=lambda known: len(known.path))
+        first = first if first.path else name
+        if kind == NUMBER and name.stem != first.stem:
+            return True
 
     return False
+
+
+def _is_end(one: ImageName, other: ImageName) -> bool:
+    """Check whether one of two paths is the end of the other, or empty."""
+    shorter, longer = sorted((f"/{one.path}", f"/{other.path}"), key=len)
+    return shorter == "/" or longer.endswith(shorter)
 
 
 def kind_of_key(key: str) -> int:
@@ -185,17 +195,24 @@ def match_names(asked: Iterable[str], numbers: Mapping[str, int]) -> dict[str, i
     images = _first_with_key({key for name in others for key in name.meanings()}, numbers)
     spelt_both_ways = are_spelt_both_ways(numbers)
     unclear = _unclear_keys(names)
-    for name in others:
-        key = next((key for key in name.meanings() if key in images), "")
-        if not key or key in unclear or len(images[key]) > 1:
-            continue
+    unique = {key for key, ids in images.items() if len(ids) == 1} - unclear
 
-        image = ImageName(images[key][0])
-        other_spelling = spelt_both_ways and image.is_coco != name.is_coco
-        if not folders_differ(name, image) and not (kind_of_key(key) == NUMBER and other_spelling):
-            found[name.text] = numbers[image.text]
+    for name in others:
+        near = {ids[0]: ImageName(ids[0]) for key in name.meanings() if (ids := images.get(key))}
+        for image in near.values():
+            other_spelling = spelt_both_ways and image.is_coco != name.is_coco
+            if not other_spelling and _means(name, image, unique, unclear):
+                found[name.text] = numbers[image.text]
 
     return found
+
+
+def _means(name: ImageName, image: ImageName, unique: set[str], unclear: set[str]) -> bool:
+    """Check whether a name means an image by a key that is clear and means no other image."""
+    own = set(name.own_keys) - unclear
+    return not paths_differ(name, image) and any(
+        key in own and needed in unique for key, needed, _ in image.other_keys()
+    )
 
 
 def _first_with_key(keys: set[str], ids: Iterable[str]) -> dict[str, list[str]]:

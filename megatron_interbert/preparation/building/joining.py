@@ -34,7 +34,7 @@ ADVICE = {
 }
 # why captions are left out
 OF_DROPPED = "of images that were left out"
-OF_SEVERAL = "their name means several images"
+OF_SEVERAL = "unclear which image their name means"
 LESS_EXACT = "other captions name the image more exactly"
 OF_NONE = "no image of that name"
 FAR = np.iinfo(np.int64).max
@@ -153,8 +153,8 @@ class Clashes:
         for name, _ in set(zip(images.names, images.sources, strict=True)):
             hashes.extend(key_hash(key) for key in ImageName(name).meanings())
 
-        found, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
-        self.unclear = set(found[counts > 1].tolist())
+        self.keys, counts = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+        self.unclear = set(self.keys[counts > 1].tolist())
 
     def allow(self, image_id: str, meaning: Meaning) -> bool:
         """Check whether a name means only this image."""
@@ -164,6 +164,13 @@ class Clashes:
             return image_id not in self.double
 
         return key_hash(meaning.key) not in self.unclear
+
+    def know(self, key: str) -> bool:
+        """Check whether an image has a key; keys of files are those of the ends of paths too."""
+        wanted = key_hash(key.replace("file:", "end:", 1))
+        place = np.searchsorted(self.keys, wanted)
+
+        return bool(place < len(self.keys) and self.keys[place] == wanted)
 
 
 def key_hash(key: str) -> int:
@@ -249,23 +256,27 @@ def _decide_captions(
             decision.changes[row] = Change("" if captions else reason, captions=captions)
 
     used = decided.those(np.array(images.rows)[decided.image] >= 0)
-    _count_captions(pairs, decided, used, counts, table, decision)
+    unclear = [target for target, key in table.unclear_keys() if clashes.know(key)]
+    _count_captions(pairs, decided, used, np.array(unclear, int), counts, table, decision)
 
 
 def _count_captions(
     pairs: Pairs,
     decided: Pairs,
     used: Pairs,
+    unclear: np.ndarray,
     counts: np.ndarray,
     table: CaptionTable,
     decision: Decision,
 ) -> None:
-    """Count the captions of each target that no image gets, by the reason."""
+    """Count the captions of each target that no image gets, by the reason; `unclear` are targets
+    whose names other targets share.
+    """
     classes = [
         (None, used.target),
         (OF_DROPPED, decided.target),
         (LESS_EXACT, pairs.target[pairs.allowed]),
-        (OF_SEVERAL, pairs.target),
+        (OF_SEVERAL, np.concatenate([pairs.target, unclear])),
         (OF_NONE, np.arange(len(counts))),
     ]
     free = np.ones(len(counts), bool)
@@ -282,22 +293,18 @@ def _decide_wanted(
     images: Images, twice: np.ndarray, clashes: Clashes, table: CaptionTable, decision: Decision
 ) -> None:
     """Drop images that --only may not mean, and count what it names in vain."""
-    meant = {
-        number: table.wanted_as(name)
-        for number, name in enumerate(images.names)
-        if not twice[number]
-    }
-    clear = {
-        number: [m for m in meanings if m.kind == SAME or clashes.allow(images.names[number], m)]
-        for number, meanings in meant.items()
-    }
-    found = {meaning.target for meanings in clear.values() for meaning in meanings}
+    rejected: dict[int, list[int]] = {}  # targets of kept images that none of them surely means
+    found: set[int] = set()
 
-    for number, meanings in meant.items():
-        row = images.rows[number]
-        if row >= 0 and meanings and not clear[number]:
-            others = all(meaning.target in found for meaning in meanings)
-            decision.changes[row] = Change(NOT_WANTED if others else UNCLEAR_ONLY)
+    for number, name in enumerate(progress(images.names, unit="image", desc="--only")):
+        meanings = [] if twice[number] else table.wanted_as(name)
+        sure = [m.target for m in meanings if m.kind == SAME or clashes.allow(name, m)]
+        found.update(sure)
+        if meanings and not sure and images.rows[number] >= 0:
+            rejected[images.rows[number]] = [meaning.target for meaning in meanings]
+
+    for row, targets in rejected.items():
+        decision.changes[row] = Change(NOT_WANTED if found.issuperset(targets) else UNCLEAR_ONLY)
 
     names = table.wanted_names()
     decision.not_found = [text for target, text in names.items() if target not in found]

@@ -12,8 +12,8 @@ from megatron_interbert.data.image_names import (
     SAME,
     ImageName,
     are_different_images,
-    folders_differ,
     kind_of_key,
+    paths_differ,
 )
 
 SCHEMA = """
@@ -130,7 +130,7 @@ class NameTable:
                 if text != image_id:
                     if self._is_unclear(connection, unique) or self._is_unclear(connection, key):
                         continue
-                    if folders_differ(ImageName(text), image):
+                    if paths_differ(ImageName(text), image):
                         continue
                     found = Meaning(target, place, kind, unique, other)
 
@@ -139,6 +139,16 @@ class NameTable:
                     best[target, place] = found
 
         yield from best.values()
+
+    def unclear_keys(self, connection: sqlite3.Connection) -> Iterator[tuple[int, str]]:
+        """Yield (target, key) of the names' keys that count no more."""
+        unclear = {key for (key,) in connection.execute(f"SELECT key FROM {self.purpose}_unclear")}
+        if not unclear:
+            return
+
+        for target, text in connection.execute(f"SELECT target, text FROM {self.purpose}_name"):
+            for key in unclear.intersection(ImageName(text).own_keys):
+                yield target, key
 
     def _named(self, connection: sqlite3.Connection, key: str) -> list[tuple[int, int, str, int]]:
         name = f"{self.purpose}_name"

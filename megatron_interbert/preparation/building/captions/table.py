@@ -114,6 +114,10 @@ class CaptionTable:
         """Return how targets mean an image, if it is the only one with its keys."""
         return list(CAPTIONS.meanings(self.connection, image_id))
 
+    def unclear_keys(self) -> Iterator[tuple[int, str]]:
+        """Yield (target, key) of the keys by which captions name different images."""
+        return CAPTIONS.unclear_keys(self.connection)
+
     def captions_of(self, targets: Iterable[int]) -> list[tuple[str, str]]:
         """Return (text, language) of the captions of targets, in the order of the files."""
         rows = [

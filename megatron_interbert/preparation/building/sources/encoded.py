@@ -19,8 +19,8 @@ FLOAT32 = np.dtype("<f4")
 START = 1 << 14
 SOME = 16
 LARGE = 65504.0  # of features: the largest float16
-TINY = 1e-30  # no feature is as small, but 0
-DAMAGED = 0.01  # of the features, at most: NaN for instance
+TINY = 1e-30  # no feature is as small
+SOUND = 0.99  # of the features, at least: some may be NaN
 LARGE_HALF = 1000.0  # a fifth of all float16 are larger; no feature is
 FEW = 64  # different numbers; float32 that was rounded before has fewer in its lower halves
 
@@ -152,17 +152,15 @@ def float_type(starts: Iterable[bytes]) -> np.dtype:
     filled = singles != 0
     if len(singles) > FEW and filled.any() and not filled[::2].any():  # they were rounded before
         return doubles.dtype
-    if (np.abs(lower) < LARGE_HALF).all() and len(np.unique(lower)) > FEW:
+    if _share_between(lower, 0, LARGE_HALF) > SOUND and len(np.unique(lower)) > FEW:
         return lower.dtype
-    if _share_in_range(singles) < 1 - DAMAGED and _share_in_range(doubles) == 1:
+    if _share_between(singles, TINY, LARGE) < SOUND < _share_between(doubles, TINY, LARGE):
         return doubles.dtype
 
     return FLOAT32
 
 
-def _share_in_range(numbers: np.ndarray) -> float:
-    """Return the share of numbers that are of a size that features have; 0 without numbers."""
-    size = np.abs(numbers)
-    fitting = (size == 0) | ((size > TINY) & (size <= LARGE))
-
-    return float(fitting.mean()) if len(fitting) else 0.0
+def _share_between(numbers: np.ndarray, least: float, most: float) -> float:
+    """Return the share of numbers other than 0 whose size is between two; 0 if there are none."""
+    sizes = np.abs(numbers[numbers != 0])
+    return float(((sizes > least) & (sizes <= most)).mean()) if len(sizes) else 0.0

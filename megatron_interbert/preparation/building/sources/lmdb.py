@@ -162,7 +162,7 @@ def _by_name(row: Any) -> dict[Any, Any]:
             "row of an unknown kind", f"a {type(row).__name__}, expected a dictionary or a list"
         )
 
-    second = getattr(row[1], "shape", ()) if len(row) == len(ROW) - 1 else ()
+    second = getattr(row[1], "shape", ()) if 1 < len(row) < len(ROW) else ()
     fields = ROW_WITHOUT_CLASSES if second[1:] == (4,) else ROW  # boxes come second
     if len(fields) - len(row) not in (0, 1):
         raise BadRecord(

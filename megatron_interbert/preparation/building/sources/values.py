@@ -182,6 +182,8 @@ def _rows(raw: Mapping[str, Any]) -> int:
     boxes = raw.get("boxes", raw.get("shares"))
     if isinstance(raw["features"], str | bytes) and isinstance(boxes, str | bytes):
         return len(bytes_of(boxes, "boxes")) // 16  # four floats each
+    if isinstance(raw["features"], str | bytes) and isinstance(boxes, list | np.ndarray):
+        return len(boxes)
 
     return 0
 
