@@ -177,6 +177,12 @@ def _is_end(one: ImageName, other: ImageName) -> bool:
     return shorter == "/" or longer.endswith(shorter)
 
 
+def is_short_number(text: str) -> bool:
+    """Check whether a name is a number as other data sets have it too."""
+    stem = ImageName(text).stem
+    return stem.isdigit() and len(stem) < LONG_STEM
+
+
 def kind_of_key(key: str) -> int:
     """Return FILE, FOLDER or NUMBER for a key."""
     return {"file": FILE, "end": FOLDER, "number": NUMBER}[key.partition(":")[0]]

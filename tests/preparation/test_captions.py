@@ -2,6 +2,7 @@
 the whole data pipeline.
 """
 
+import contextlib
 import json
 import zlib
 
@@ -315,7 +316,7 @@ FILES = {
             {"image/key": "a", "image/locale": "fr", "fr": {"caption": ["un chat"]}, "en": {}},
             {"image/key": "b", "en": {"caption": ["a dog"]}, "zh": {"caption": ["一只狗", "狗"]}},
         ),
-        [("a", "un chat", "en"), ("b", "a dog", "en"), ("b", "一只狗", "zh"), ("b", "狗", "zh")],
+        [("a", "un chat", "fr"), ("b", "a dog", "en"), ("b", "一只狗", "zh"), ("b", "狗", "zh")],
     ),
     "captions by language in a record": (
         [{"image_id": "a", "caption": {"en": "a dog", "zh": "一只狗"}}],
@@ -339,6 +340,85 @@ FILES = {
     "a single record": (
         {"image/key": "a", "en": {"caption": ["a dog"]}},
         [("a", "a dog", "en")],
+    ),
+    "Karpathy with tokens alone": (
+        {"images": [{"filename": "1.jpg", "sentences": [{"tokens": ["a", "brown", "dog"]}]}]},
+        [("1.jpg", "a brown dog", "en")],
+    ),
+    "VL-BERT's captions in words": (
+        ({"image": "1.jpg", "caption": ["a", "dog", "'s", "bed", "."]},),
+        [("1.jpg", "a dog 's bed .", "en")],
+    ),
+    "lists as Python writes them": (
+        """image,captions\n1.jpg,"['a dog', 'two dogs']"\n2.jpg,"['it\\'s a cat']"\n""",
+        [("1.jpg", "a dog", "en"), ("1.jpg", "two dogs", "en"), ("2.jpg", "it's a cat", "en")],
+    ),
+    "OFA's captions of one image": (
+        "image_id\tcaption\n12\ta man rides&&two men\n",
+        [("12", "a man rides", "en"), ("12", "two men", "en")],
+    ),
+    "ABO's listings": (
+        (
+            {
+                "item_id": "B06",
+                "item_name": [
+                    {"language_tag": "en_US", "value": "a red chair"},
+                    {"language_tag": "de_DE", "value": "ein Stuhl"},
+                ],
+                "main_image_id": "81iZ",
+                "other_image_id": ["91mI", "71jw"],
+            },
+        ),
+        [("81iZ", "a red chair", "en_US"), ("81iZ", "ein Stuhl", "de_DE")],
+    ),
+    "captions by language of each image": (
+        {"1.jpg": {"en": "a dog", "de": "ein Hund"}, "2.jpg": {"en": ["a cat"]}},
+        [("1.jpg", "a dog", "en"), ("1.jpg", "ein Hund", "de"), ("2.jpg", "a cat", "en")],
+    ),
+    "captions of images by split": (
+        {"train": {"1.jpg": ["a dog"]}, "val": {"2.jpg": ["a cat", "two cats"]}},
+        [("1.jpg", "a dog", "en"), ("2.jpg", "a cat", "en"), ("2.jpg", "two cats", "en")],
+    ),
+    "rows of pandas": (
+        {
+            "columns": ["image", "caption"],
+            "index": [0, 1],
+            "data": [["1.jpg", "a"], ["2.jpg", "b"]],
+        },
+        [("1.jpg", "a", "en"), ("2.jpg", "b", "en")],
+    ),
+    "records by split beside a description": (
+        {
+            "description": "My data",
+            "version": 1,
+            "train2017": [{"url": URL, "caption": "a"}, {"url": f"{URL}?2", "caption": "b"}],
+            "val2017": [{"url": URL, "caption": "c"}, {"url": f"{URL}?2", "caption": "d"}],
+        },
+        [(by_line(n, URL + "?2" * (n % 2)), "abcd"[n], "en") for n in range(4)],
+    ),
+    "token files with spaces in names": (
+        "1000.jpg#0\tA man\nmy photo 2.jpg#0\tA cat\n",
+        [("1000.jpg", "A man", "en"), ("my photo 2.jpg", "A cat", "en")],
+    ),
+    "a price and an id of its own kind": (
+        "asin,price,title\nB01,10,a red bag\nB02,11,a blue bag\n",
+        [("B01", "a red bag", "en"), ("B02", "a blue bag", "en")],
+    ),
+    "Kaggle's fashion": (
+        "id,gender,year,productDisplayName\n15970,Men,2011,Blue Shirt\n1163,Men,2012,A Red Shirt\n",
+        [("15970", "Blue Shirt", "en"), ("1163", "A Red Shirt", "en")],
+    ),
+    "a title that many photos have": (
+        "".join(f"{n}.jpg\tred cotton dress {n // 3} for summer\tAnn S{n}\n" for n in range(9)),
+        [(f"{n}.jpg", f"red cotton dress {n // 3} for summer", "en") for n in range(9)],
+    ),
+    "a first row that looks like a header": (
+        "door.jpg,key\nb.jpg,a red car\nc.jpg,two cats\n",
+        [("door.jpg", "key", "en"), ("b.jpg", "a red car", "en"), ("c.jpg", "two cats", "en")],
+    ),
+    "Excel's note, and commas": (
+        "sep=;\n1.jpg;a, dog\n2.jpg;a, cat\n",
+        [("1.jpg", "a, dog", "en"), ("2.jpg", "a, cat", "en")],
     ),
 }
 
@@ -407,6 +487,51 @@ def test_other_texts_are_refused_in_the_same_words(tmp_path):
     path.write_bytes(b"a\n\xff\nb\n")
     with pytest.raises(UsageError, match=r"damaged.txt is not UTF-8 text \(byte 2: invalid start"):
         read_text(path, "--only")
+
+
+def test_values_that_stand_for_none_are_none(tmp_path):
+    rows = ["1.jpg,,a dog", "\\N,,a cow", "3.jpg,,\\N", ",http://a/4.jpg,a cat", "5.jpg,,NULL"]
+    content = "\n".join(["image,url,caption", *rows])
+    captions, complaints = read(write(tmp_path / "c.csv", content))
+    assert captions == [("1.jpg", "a dog", "en")]
+    assert [complaint.reason for complaint in complaints] == [
+        *("no image in the record", "no caption in the record"),
+        *("no image in the record", "no caption in the record"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ({"captionID": "1.jpg#4", "gold_label": "contradiction", "sentence2": "no"}, "SNLI-VE"),
+        ({"candidate": "B01", "target": "B02", "captions": ["is black"]}, "Fashion-IQ"),
+        ({"reference": "a", "target_hard": "b", "caption": "is darker"}, "CIRR"),
+        ({"img_fn": "1.jpg", "question": [], "rationale_orig": "because"}, "VCR"),
+        ({"image": "1.jpg", "conversations": [{"from": "gpt", "value": "a"}]}, "LLaVA"),
+    ],
+)
+def test_texts_that_do_not_say_what_an_image_shows_are_refused(tmp_path, record, words):
+    for name, content in (("lines", (record, record)), ("array", [record])):
+        with pytest.raises(UsageError, match=words):
+            CaptionFile(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        ({"caption": "a dog", "likes": 3}, {"caption": "a cat", "likes": 7}),
+        [{"caption": "a dog", "width": 640}, {"caption": "a cat", "width": 640}],
+        "caption,likes\na dog,3\na cat,7\n",
+        "price,title\n9,red bag\n10,blue bag\n",
+        {"image": "1.jpg", "short": "dog barks", "more": "a big dog barks"},
+    ],
+)
+def test_numbers_of_other_things_are_no_images(tmp_path, content):
+    path = write(tmp_path / "c", content)
+    with contextlib.suppress(UsageError):
+        captions, complaints = read(path)
+        assert captions == []
+        assert {complaint.reason for complaint in complaints} == {"no image in the record"}
 
 
 def test_a_line_that_is_not_utf_8_costs_only_itself(tmp_path):
@@ -507,10 +632,11 @@ def test_names_of_several_files_meet_in_the_table(tmp_path):
     lines = ({"id": 1, "image": "7.jpg", "caption": "of 7"}, {"image": "1.jpg", "caption": "of 1"})
     table = CaptionTable.create(tmp_path / "b.db", [CaptionFile(write(tmp_path / "l", lines))])
     assert table.of_image("1") == [("of 1", "en")]
-    conceptual = "zero\thttp://a/2.jpg\none\thttp://a/y.jpg\ntwo\thttp://a/z.jpg\n"
+    conceptual = "zero\thttp://a/2.jpg\none\thttp://a/red_boat.jpg\ntwo\thttp://a/y.jpg\n"
     table = CaptionTable.create(tmp_path / "c.db", [CaptionFile(write(tmp_path / "c", conceptual))])
     assert table.of_image("2") == [("two", "en")]
-    assert table.of_image("y") == [("one", "en")]
+    assert table.of_image("red_boat") == [("one", "en")]
+    assert table.of_image("y") == [], "many addresses may end in y.jpg"
     files = [CaptionFile(write(tmp_path / f"{n}.tsv", f"{n} x\t{URL}\n")) for n in ("a", "b")]
     with pytest.raises(UsageError, match="build a store from each, then join the stores"):
         CaptionTable.create(tmp_path / "d.db", files)

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -140,6 +141,62 @@ def test_accents_are_letters_however_a_system_writes_them(tmp_path):
     )
 
 
+def write_records(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def built_with(tmp_path, ids, records):
+    """Build images of some ids with caption records; return (captions by image, left out)."""
+    source = write_features(tmp_path / "f.tsv", ids)
+    captions = write_records(tmp_path / "c.jsonl", records)
+    found, manifest = make(tmp_path, [source], [captions])
+    return found, manifest["captions_left_out"]
+
+
+def test_names_of_one_kind_count_those_that_mean_most_images(tmp_path):
+    """Check img2dataset's keys, of which one photo is missing, beside addresses that end in the
+    name of another.
+    """
+    records = [
+        {"key": f"00000000{n}", "url": f"http://a/p/00000000{6 - n}.jpg", "caption": f"text {n}"}
+        for n in (1, 2, 3, 4)
+    ]
+    found, left_out = built_with(tmp_path, [f"00000000{n}" for n in (1, 2, 3, 5)], records)
+    assert found == {f"00000000{n}": [f"text {n}"] for n in (1, 2, 3)}
+    assert left_out == {"no image of that name": 1}
+
+
+def test_numbers_of_a_data_set_whose_images_go_by_file_mean_no_others(tmp_path):
+    """Check VizWiz beside Visual Genome, which has other pictures by its numbers."""
+    vizwiz = [
+        {"file_name": f"VizWiz_train_0000000{n}.jpg", "image_id": n, "caption": f"viz {n}"}
+        for n in (1, 2, 3)
+    ]
+    genome = [{"image_id": 2, "caption": "vg 2"}]
+    ids = ["VizWiz_train_00000001.jpg", "VizWiz_train_00000003.jpg", "1", "2", "3"]
+    found, left_out = built_with(tmp_path, ids, [*vizwiz, *genome])
+    assert found == {ids[0]: ["viz 1"], ids[1]: ["viz 3"], "2": ["vg 2"]}
+    assert left_out == {"no image of that name": 1}
+
+
+def test_addresses_that_name_images_count_more_than_lines(tmp_path):
+    """Check the addresses of COCO's photos, whose lines are numbers of other photos."""
+    urls = [f"http://images.cocodataset.org/train2017/00000000000{n}.jpg" for n in (3, 1, 2)]
+    records = [{"URL": url, "TEXT": f"of {url[-5]}"} for url in urls]
+    found, left_out = built_with(tmp_path, ["1", "2", "3"], records)
+    assert found == {n: [f"of {n}"] for n in "123"}
+    assert left_out == {}
+
+
+def test_lines_count_where_addresses_name_few_images(tmp_path):
+    urls = ["http://a/00000001.jpg", *(f"http://a/photo-of-{n}.jpg" for n in range(1, 4))]
+    records = [{"url": url, "caption": f"line {n}"} for n, url in enumerate(urls)]
+    found, left_out = built_with(tmp_path, ["0", "1", "2"], records)
+    assert found == {str(n): [f"line {n}"] for n in range(3)}
+    assert left_out == {"no image of that name": 1}
+
+
 def test_two_captions_of_one_loose_name_are_not_of_one_image(tmp_path):
     check(
         tmp_path,
@@ -212,7 +269,7 @@ def test_a_dropped_image_keeps_its_name(tmp_path):
     assert sum(manifest["dropped"].values()) == 2
 
 
-def test_a_less_reliable_name_counts_only_if_the_better_one_means_no_image(tmp_path):
+def test_a_less_reliable_name_counts_only_if_the_better_ones_mean_no_image(tmp_path):
     lines = [
         {"image": "7.jpg", "image_id": 1, "caption": "of 7"},
         {"image": "none.jpg", "image_id": 2, "caption": "of 2"},
@@ -221,8 +278,12 @@ def test_a_less_reliable_name_counts_only_if_the_better_one_means_no_image(tmp_p
     captions.write_text("".join(json.dumps(line) + "\n" for line in lines))
     source = write_features(tmp_path / "a.tsv", ["7", "1", "2"])
     found, manifest = make(tmp_path, [source], [captions])
-    assert found == {"7": ["of 7"], "2": ["of 2"]}
-    assert sum(manifest["dropped"].values()) == 1
+    assert found == {"7": ["of 7"]}
+    assert manifest["captions_left_out"] == {"no image of that name": 1}
+    lines[0]["image"] = "no.jpg"
+    write_records(captions, lines)
+    shutil.rmtree(tmp_path / "store")
+    assert make(tmp_path, [source], [captions])[0] == {"1": ["of 7"], "2": ["of 2"]}
 
 
 def test_numbers_of_coco_are_not_those_of_another_data_set(tmp_path):

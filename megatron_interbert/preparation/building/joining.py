@@ -14,7 +14,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.data.image_names import SAME, ImageName, are_spelt_both_ways
+from megatron_interbert.data.image_names import (
+    NUMBER,
+    SAME,
+    ImageName,
+    are_spelt_both_ways,
+    is_short_number,
+)
 from megatron_interbert.preparation.building.captions.table import CaptionTable
 from megatron_interbert.preparation.building.name_table import Meaning
 from megatron_interbert.preparation.building.shard_writer import storable
@@ -37,6 +43,7 @@ OF_DROPPED = "of images that were left out"
 OF_SEVERAL = "unclear which image their name means"
 LESS_EXACT = "other captions name the image more exactly"
 OF_NONE = "no image of that name"
+FAR_MORE = 3  # times as many images as another kind of name means
 FAR = np.iinfo(np.int64).max
 
 
@@ -181,13 +188,16 @@ def key_hash(key: str) -> int:
 
 @dataclass
 class Pairs:
-    """Hold which targets mean which images, all int64 [pairs], and whether only them, bool."""
+    """Hold which targets mean which images, all int64 [pairs]; bool [pairs], whether only them, and
+    whether by names that are hardly equal by accident.
+    """
 
     image: np.ndarray
     target: np.ndarray
     place: np.ndarray
     rank: np.ndarray
     allowed: np.ndarray
+    surely: np.ndarray
 
     def those(self, chosen: np.ndarray) -> "Pairs":
         """Return some of the pairs."""
@@ -206,12 +216,28 @@ class Pairs:
         """Return for each image the pairs of the lowest rank, those that a unit supposes."""
         return self.those(self.rank == _least(self.image, self.rank)[self.image])
 
-    def decided(self) -> "Pairs":
-        """Return the pairs that remain: a target means images by its most reliable name only."""
-        allowed = self.those(self.allowed)
-        best = allowed.place == _least(allowed.target, allowed.place)[allowed.target]
+    def by_one_name(self, kinds: np.ndarray) -> "Pairs":
+        """Return the pairs by those names that count for the targets of each of the `kinds`, int64
+        [targets]: the most reliable ones, unless others mean far more images.
+        """
+        kind = kinds[self.target]
+        best = np.zeros(int(kinds.max(initial=-1)) + 1, np.int64)
 
-        return allowed.those(best).most_reliable()
+        for number in np.unique(kind).tolist():
+            of_kind = self.those((kind == number) & self.allowed)
+            if of_kind.surely.any():  # accidents count no more
+                of_kind = of_kind.those(of_kind.surely)
+            most = 0
+            for place in np.unique(of_kind.place).tolist():
+                images = len(np.unique(of_kind.image[of_kind.place == place]))
+                if images >= FAR_MORE * most:
+                    best[number], most = place, images
+
+        return self.those(self.place == best[kind])
+
+    def decided(self) -> "Pairs":
+        """Return the pairs that remain of those by one name."""
+        return self.those(self.allowed).most_reliable()
 
 
 def _least(of: np.ndarray, values: np.ndarray) -> np.ndarray:
@@ -229,11 +255,12 @@ def _pairs(images: Images, twice: np.ndarray, clashes: Clashes, table: CaptionTa
             continue
         for meaning in table.targets_of(name):
             allowed = clashes.allow(name, meaning)
-            rows.extend((number, meaning.target, meaning.place, meaning.rank, allowed))
+            surely = meaning.kind != NUMBER and not is_short_number(name)
+            rows.extend((number, meaning.target, meaning.place, meaning.rank, allowed, surely))
 
-    columns = np.frombuffer(rows, np.int64).reshape(-1, 5).T
+    columns = np.frombuffer(rows, np.int64).reshape(-1, 6).T
 
-    return Pairs(*columns[:4], columns[4].astype(bool))
+    return Pairs(*columns[:4], *columns[4:].astype(bool))
 
 
 def _decide_captions(
@@ -244,6 +271,7 @@ def _decide_captions(
     """
     pairs = _pairs(images, twice, clashes, table)
     supposed = pairs.most_reliable()
+    pairs = pairs.by_one_name(table.kinds())
     decided = pairs.decided()
     counts = table.counts()
     changed = np.setxor1d(supposed.numbered(len(counts)), decided.numbered(len(counts)))

@@ -25,8 +25,10 @@ def settle_repeated(
     for first, later in decision.repeated.items():
         known = list(seen[first].captions)
         for row in later:
-            if seen[row].digest == seen[first].digest:
-                decision.changes[row].reason = AGAIN
+            if seen[row].digest != seen[first].digest:
+                continue
+
+            decision.changes[row].reason = AGAIN
             if captions and seen[row].captions:
                 decision.changes[row].reason = MERGED
                 known += [caption for caption in seen[row].captions if caption not in known]

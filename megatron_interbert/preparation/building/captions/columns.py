@@ -2,73 +2,75 @@
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
 
 from megatron_interbert.data.image_names import CAPTION_NUMBER, ENDING
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.captions.fields import (
-    KNOWN,
-    LANGUAGE,
-    SEVERAL,
-    json_in_cell,
-    plain,
-    read_record,
-    texts_of,
-)
+from megatron_interbert.preparation.building.captions.fields import is_field, read_record
+from megatron_interbert.preparation.building.captions.languages import is_language
+from megatron_interbert.preparation.building.captions.texts import out_of_cell, plain, texts_of
 
 ADDRESS = re.compile(r"^https?://\S+$", re.IGNORECASE)
 BASE64 = re.compile(r"^[A-Za-z0-9+/_=-]{40,}$")
-NUMBER = re.compile(r"^-?[\d.,]+$")
+NUMBER = re.compile(r"^\d+(\.0)?$")
 NAME = re.compile(r"^\S+$")
 WORD = re.compile(r"^[^\W\d_]{1,30}([-'’][^\W\d_]+)*[.!?]?$")
 LETTER = re.compile(r"[^\W\d_]")
 HEADING = re.compile(r"^\s*[A-Za-z][\w /.:()-]{0,40}$")
-LABELS = "#;#"  # between the labels of a product (Product1M)
+# a word in the header of a column that may hold names of images
+IMAGE_WORD = re.compile(
+    r"(?:^|_)(?:im|img|image|pic|picture|photo|file|path|key|item|product|goods|sku|id)s?(?:_|$)"
+)
+# between categories: labels of Product1M, `Women > Bags`
+CATEGORIES = re.compile(r"#;#|\s>+\s")
 EAST_ASIAN = re.compile("[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")
 MOST_CAPTIONS = 10  # of one image in the mean
 MOST = 0.8  # the share of its cells by which a column is judged
+ALL = ("url", "caption", "image", "lang")
 Row = Sequence[str]
 
 
 def is_header(row: Row) -> bool:
     """Check whether the first row of a table names its columns.
 
-    All of them must look like names, and one or more be known.
+    All of them must look like names, none be a file or an address, and one or more be known.
     """
     known = [cell for cell in row if is_field(cell)]
-    words = all(HEADING.match(cell) for cell in row if cell.strip())
+    words = all(
+        HEADING.match(cell) and not (_is_file(cell) or ADDRESS.match(cell))
+        for cell in row
+        if cell.strip()
+    )
 
     return bool(known) and words and (len(known) > 1 or all(len(c.split()) < 3 for c in row))
 
 
-def is_field(name: Any) -> bool:
-    """Check whether a name is that of a field that we know."""
-    return plain(name) in KNOWN or bool(SEVERAL.match(plain(name)))
+def name_columns(
+    rows: Sequence[Row], needed: Collection[str] = ALL, headings: Sequence[str] | None = None
+) -> list[str]:
+    """Return for each column of some rows which of the `needed` things it holds: `url`, `caption`,
+    `image`, `lang`; "" for none.
 
-
-def name_columns(rows: Sequence[Row]) -> list[str]:
-    """Return for each column of some rows what it holds: `url`, `caption`, `image`, `lang`, or
-    nothing known.
-
-    Addresses and captions are found first; what remains may name the image. Returns [] if no
-    column holds captions.
+    Addresses and captions are found first; what remains may name the image, where columns have
+    `headings` only if those speak of images. Returns [] if captions are needed and not found.
+    Raises UsageError if several columns may name the image.
     """
     columns = [_cells(rows, number) for number in range(max(map(len, rows), default=0))]
     fields = ["url" if _most(cells, ADDRESS.match) else "" for cells in columns]
-    words = [
-        0.0 if name else _wordiness(cells) for name, cells in zip(fields, columns, strict=True)
-    ]
-    if not any(words):
-        return []
+    if "caption" in needed:
+        words = [
+            0.0 if name else _wordiness(cells) for name, cells in zip(fields, columns, strict=True)
+        ]
+        if not any(words):
+            return []
+        fields[words.index(max(words))] = "caption"
 
-    fields[words.index(max(words))] = "caption"
-    for name, rules in (("image", (_is_file, NUMBER.match, _is_name)), ("lang", (LANGUAGE.match,))):
-        number = _first_column(columns, fields, rules)
+    for name, rules in (("image", (_is_file, NUMBER.match, _is_name)), ("lang", (is_language,))):
+        number = _first_column(columns, fields, rules, headings) if name in needed else None
         if number is not None:
             fields[number] = name
 
-    return fields
+    return [field if field in needed else "" for field in fields]
 
 
 def are_enough(fields: Sequence[str]) -> bool:
@@ -86,26 +88,30 @@ def _most(cells: Sequence[str], rule: Callable[[str], object]) -> bool:
 
 
 def _is_file(cell: str) -> bool:
-    return bool(ENDING.search(CAPTION_NUMBER.sub("", cell)))
+    return bool(ENDING.search(CAPTION_NUMBER.sub("", cell.strip())))
 
 
 def _is_name(cell: str) -> bool:
-    return bool(NAME.match(cell)) and not BASE64.match(cell) and not LANGUAGE.match(cell)
+    return bool(NAME.match(cell)) and not BASE64.match(cell) and not is_language(cell)
 
 
 def _is_text(cell: str) -> bool:
-    """Check whether a cell holds words: several, or one that is no code."""
-    if cell.startswith(("[", "{")) and json_in_cell(cell) is not cell:
-        texts = list(texts_of(cell))
-        return bool(texts) and all(isinstance(text, str) for text in texts)
+    """Check whether a cell holds words: several, or one that is no code; or a list of such."""
+    if cell.startswith(("[", "{")) and out_of_cell(cell) is not cell:
+        texts = [text for text, _ in texts_of(cell)]
+        return bool(texts) and all(isinstance(text, str) and _are_words(text) for text in texts)
 
-    words = " " in cell or EAST_ASIAN.search(cell) or WORD.match(cell)
-    return bool(words and LETTER.search(cell)) and not _is_file(cell) and LABELS not in cell
+    return _are_words(cell)
+
+
+def _are_words(text: str) -> bool:
+    words = " " in text or EAST_ASIAN.search(text) or WORD.match(text)
+    return bool(words and LETTER.search(text)) and not (_is_file(text) or CATEGORIES.search(text))
 
 
 def _wordiness(cells: Sequence[str]) -> float:
     """Return the mean number of words in a column of texts, letters as the tie-break (a Chinese
-    character is a word), less for texts that repeat, as categories do; 0 for other columns.
+    character is a word); 0 for other columns.
     """
     if not _most(cells, _is_text):
         return 0.0
@@ -113,22 +119,28 @@ def _wordiness(cells: Sequence[str]) -> float:
     words = sum(len(cell.split()) + len(EAST_ASIAN.findall(cell)) for cell in cells)
     letters = sum(len(LETTER.findall(cell)) for cell in cells)
 
-    return (words + letters / 1000) / len(cells) * len(set(cells)) / len(cells)
+    return (words + letters / 1000) / len(cells)
 
 
 def _first_column(
     columns: Sequence[Sequence[str]],
     fields: Sequence[str],
     rules: Sequence[Callable[[str], object]],
+    headings: Sequence[str] | None,
 ) -> int | None:
     """Return the free column that fits a rule, of the earliest rule that any fits: the first in
     which some repeat, as images with several captions do, or else the first.
     """
+    free = [number for number, field in enumerate(fields) if not field]
+
     for rule in rules:
-        fitting = [n for n, cells in enumerate(columns) if not fields[n] and _most(cells, rule)]
-        repeating = [n for n in fitting if _some_repeat(columns[n])]
+        fitting = [number for number in free if _most(columns[number], rule)]
+        if headings is not None and rule in (NUMBER.match, _is_name):
+            fitting = [number for number in fitting if IMAGE_WORD.search(plain(headings[number]))]
+
+        repeating = [number for number in fitting if _some_repeat(columns[number])]
         if rule == NUMBER.match and len(fitting) > 1 and len(repeating) != 1:
-            names = ", ".join(str(n + 1) for n in fitting)
+            names = ", ".join(str(number + 1) for number in fitting)
             raise UsageError(
                 f"columns {names} hold numbers, each of which may name the image; give a first line"
                 " with the names of the columns, such as id, image_id, caption"

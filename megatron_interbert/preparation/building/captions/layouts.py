@@ -2,55 +2,58 @@
 
 import itertools
 import json
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.captions.columns import (
-    are_enough,
-    is_field,
-    name_columns,
-)
-from megatron_interbert.preparation.building.captions.fields import plain, read_record
+from megatron_interbert.preparation.building.captions.columns import are_enough, name_columns
+from megatron_interbert.preparation.building.captions.fields import is_field, read_record, task_of
 from megatron_interbert.preparation.building.captions.text_file import open_text
-from megatron_interbert.preparation.building.captions.wrapping import (
-    Placed,
-    Wrapped,
-    json_lines,
+from megatron_interbert.preparation.building.captions.texts import (
+    are_by_language,
+    by_plain_name,
+    plain,
+    text_fields,
 )
+from megatron_interbert.preparation.building.captions.unknown import (
+    LOOKED_AT,
+    in_words,
+    names_of_fields,
+    unknown_fields,
+    with_known_names,
+)
+from megatron_interbert.preparation.building.captions.wrapping import Placed, Wrapped
 
-LOOKED_AT = 200  # records by which fields with unknown names are judged
-SPLIT = re.compile("(?:re)?(?:train|val|valid|validation|test|dev)(?:_?(?:set|data|split))?")
+MOST_SPLITS = 20  # parts of an object that may be lists of records
+MOST_FIELDS = 0.05  # the share of names of images that may be those of fields, such as `photo`
 Records = Iterator[tuple[str, Any]]
+
+
+class Structure(NamedTuple):
+    """Hold how a JSON value wraps records: one of the formats of --captions-format ("" if it holds
+    none), in words, and a function that yields (place, record).
+    """
+
+    kind: str
+    words: str
+    records: Callable[[], Records] = lambda: iter(())
 
 
 def whole_json(path: str) -> Wrapped:
     """Read a JSON file; raise UsageError if it holds no records in any known structure."""
     value = load_json(path)
-    kind, words, make = structure(value)
-    if kind == "":
+    try:
+        found = structure(value)
+    except UsageError as error:
+        raise UsageError(f"--captions {path}: {error}") from error
+
+    if found.kind == "":
         raise UsageError(
-            f"--captions {path}: JSON without captions in it ({words}); expected a list of records,"
-            " COCO's or Karpathy's object, or names of images with captions"
+            f"--captions {path}: JSON without captions in it ({found.words}); expected a list of"
+            " records, COCO's or Karpathy's object, or names of images with captions"
         )
 
-    return Wrapped(kind, words, lambda: _as_records(make(value)))
-
-
-def lines_of_json(path: str) -> Wrapped:
-    """Read an object on each line, whose fields may have unknown names."""
-    wrapped = json_lines(path)
-    first = itertools.islice(wrapped.records(), LOOKED_AT)
-    meaning = unknown_fields([record for _, record in first if isinstance(record, Mapping)])
-    if not meaning:
-        return wrapped
-
-    return Wrapped(
-        wrapped.kind,
-        f"{wrapped.words}, {in_words(meaning)}",
-        lambda: ((place, renamed(record, meaning)) for place, record in wrapped.records()),
-    )
+    return Wrapped(found.kind, found.words, lambda: _as_records(found.records()))
 
 
 def load_json(path: str) -> Any:
@@ -72,41 +75,20 @@ def _as_records(items: Records) -> Iterator[Placed]:
         )
 
 
-def structure(value: Any) -> tuple[str, str, Callable[[Any], Records]]:
-    """Return (kind, in words, function that yields (place, record)) of the structure of a JSON
-    value; an empty kind if it is none.
-    """
+def structure(value: Any) -> Structure:
+    """Find out how a JSON value wraps records."""
     if isinstance(value, list):
         return _of_list(value)
     if not isinstance(value, dict):
-        return "", f"it is a {type(value).__name__}", _nothing
+        return Structure("", f"it is a {type(value).__name__}")
 
+    images = value.get("images")
     if isinstance(value.get("annotations"), list):
-        return "coco", "COCO's images and annotations", _coco
-    if isinstance(value.get("images"), list) and _has_texts(value["images"]):
-        return (
-            "karpathy",
-            "Karpathy's images with sentences",
-            lambda whole: _listed(whole["images"]),
-        )
+        return Structure("coco", "COCO's images and annotations", lambda: _coco(value))
+    if isinstance(images, list) and _has_texts(images):
+        return Structure("karpathy", "Karpathy's images with sentences", lambda: _listed(images))
 
-    lists = {name: part for name, part in value.items() if isinstance(part, list) and part}
-    if _are_parallel(lists):
-        return "sbu", f"lists of equal length: {', '.join(lists)}", lambda whole: _parallel(lists)
-    if len(lists) > 1 and are_enough(list(lists)):
-        lengths = ", ".join(f"{name} {len(part)}" for name, part in lists.items())
-        return "", f"lists of unequal length: {lengths}", _nothing
-
-    records = [name for name, part in lists.items() if _has_texts(part)]
-    if len(records) == 1 and _name_images(lists[records[0]]):
-        name = records[0]
-        return "json", f"a list of records in {name!r}", lambda whole: _listed(whole[name])
-
-    return _of_dictionary(value)
-
-
-def _nothing(value: Any) -> Records:
-    return iter(())
+    return _of_columns(value) or _of_lists(value) or _of_images(value)
 
 
 def _has_texts(records: Any) -> bool:
@@ -116,101 +98,112 @@ def _has_texts(records: Any) -> bool:
 
 
 def _name_images(records: list[Any]) -> bool:
+    """Check whether records name their images: by themselves, or by addresses that differ."""
     found = [read_record(record) for record in records[:LOOKED_AT] if isinstance(record, Mapping)]
-    return any(record.images or record.address for record in found)
+    addresses = {record.address for record in found} - {""}
+    return any(record.images for record in found) or len(addresses) > (len(found) > 1)
 
 
-def _of_list(value: list[Any]) -> tuple[str, str, Callable[[Any], Records]]:
-    if _has_texts(value) and _name_images(value):
-        return "json", "a JSON array of records", _listed
+def _of_list(value: list[Any]) -> Structure:
     if not value:
-        return "", "an empty list", _nothing
+        return Structure("", "an empty list")
+    if _has_texts(value) and _name_images(value):
+        return Structure("json", "a JSON array of records", lambda: _listed(value))
 
     rows = [record for record in value[:LOOKED_AT] if isinstance(record, list)]
     fields = name_columns([[str(cell) for cell in row] for row in rows])
     if are_enough(fields):
         words = f"a JSON array of rows, read as {', '.join(name or '-' for name in fields)}"
-        return "json", words, lambda whole: _rows(whole, fields)
+        return Structure("json", words, lambda: _rows(value, fields))
 
-    return _of_unknown_fields(value)
-
-
-def _of_unknown_fields(value: list[Any]) -> tuple[str, str, Callable[[Any], Records]]:
     records = [record for record in value[:LOOKED_AT] if isinstance(record, Mapping)]
     meaning = unknown_fields(records)
-    if not meaning:
-        names = list(dict.fromkeys(name for record in records for name in record))
-        what = f"objects with {', '.join(map(repr, names[:8]))}" if names else "something else"
-        return "", f"a list of {what}", _nothing
+    if meaning:
+        return Structure(
+            "json",
+            f"a JSON array of records, {in_words(meaning)}",
+            lambda: ((place, with_known_names(item, meaning)) for place, item in _listed(value)),
+        )
 
-    return (
-        "json",
-        f"a JSON array of records, {in_words(meaning)}",
-        lambda whole: ((place, renamed(record, meaning)) for place, record in _listed(whole)),
-    )
+    task = task_of(records)
+    if task:
+        return Structure("", f"records of {task}")
+    names = names_of_fields(records)
 
-
-def unknown_fields(records: Sequence[Mapping[Any, Any]]) -> dict[Any, str]:
-    """Find by looking which fields hold captions and images, where no known field does: field ->
-    `caption`, `image` or `url`.
-
-    Returns {} if nothing is missing, or if it is not found.
-    """
-    found = [read_record(record) for record in records]
-    needed = set() if any(record.texts for record in found) else {"caption"}
-    if not any(record.images or record.address for record in found):
-        needed |= {"image", "url"}
-    if not needed:
-        return {}
-
-    names = list(dict.fromkeys(name for record in records for name in record))
-    table = [[_cell(record.get(name, "")) for name in names] for record in records]
-    seen = zip(names, name_columns(table), strict=False)
-    meaning = {name: field for name, field in seen if field in needed}
-    completed = [read_record(renamed(record, meaning)) for record in records]
-    enough = any(record.texts and (record.images or record.address) for record in completed)
-
-    return meaning if enough else {}
+    return Structure("", f"a list of objects with {names}" if names else "a list of something else")
 
 
-def in_words(meaning: Mapping[Any, str]) -> str:
-    """Say which fields are read as what."""
-    return ", ".join(f"{name!r} read as {field}" for name, field in meaning.items())
-
-
-def renamed(record: Any, meaning: Mapping[Any, str]) -> Any:
-    """Return a record with what its fields of unknown names hold under names that are known."""
-    if not isinstance(record, Mapping):
-        return record
-
-    return {**record, **{field: record[name] for name, field in meaning.items() if name in record}}
-
-
-def _cell(value: Any) -> str:
-    """Return a value as a cell of a table: text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-
-
-def _of_dictionary(value: dict[str, Any]) -> tuple[str, str, Callable[[Any], Records]]:
-    found = read_record(value)
-    if are_enough(list(value)) or (found.texts and (found.images or found.address)):
-        if all(isinstance(part, Mapping) for part in value.values()):
-            return "json", f"columns {', '.join(value)}", _columns
-        return "jsonl", "one JSON object", lambda whole: iter([("record 1", whole)])
+def _of_columns(value: dict[str, Any]) -> Structure | None:
+    """Find records in an object whose names are those of fields."""
+    names = value.get("columns")
+    rows = value.get("data")
+    if isinstance(names, list) and isinstance(rows, list) and are_enough(list(map(str, names))):
+        return Structure("json", "rows of pandas", lambda: _rows(rows, list(map(str, names))))
 
     fields = [name for name in value if is_field(name)]
-    if not fields and any(_captions_of(part) for part in value.values()):
-        return "json-dict", "names of images, each with its captions", _dictionary
+    if not fields:
+        return None
 
-    return "", f"an object with {', '.join(map(repr, list(value)[:5]))}", _nothing
+    lists = {name: part for name, part in value.items() if isinstance(part, list) and part}
+    if _are_parallel(lists):
+        words = f"lists of equal length: {', '.join(lists)}"
+        return Structure("sbu", words, lambda: _parallel(lists))
+    if len(lists) > 1 and are_enough(list(lists)):
+        lengths = ", ".join(f"{name} {len(part)}" for name, part in lists.items())
+        return Structure("", f"lists of unequal length: {lengths}")
+
+    if are_enough(fields) and all(isinstance(part, Mapping) for part in value.values()):
+        return Structure("json", f"columns {', '.join(value)}", lambda: _columns(value))
+
+    found = read_record(value)
+    if found.texts and (found.images or found.address):
+        return Structure("jsonl", "one JSON object", lambda: iter([("record 1", value)]))
+
+    return None
 
 
-def _captions_of(value: Any) -> bool:
-    """Check whether the value of an image in a dictionary has captions: texts or records."""
+def _of_lists(value: dict[str, Any]) -> Structure | None:
+    """Find lists of records in an object: one, or one for each split."""
+    lists = {name: part for name, part in value.items() if isinstance(part, list)}
+    if len(lists) > MOST_SPLITS:
+        return None
+
+    found = [name for name, part in lists.items() if _has_texts(part) and _name_images(part)]
+    if len(found) == 1:
+        words = f"a list of records in {found[0]!r}"
+        return Structure("json", words, lambda: _listed(lists[found[0]]))
+    if found:
+        words = f"lists of records in {', '.join(map(repr, found))}"
+        return Structure("json", words, lambda: _splits({name: lists[name] for name in found}))
+
+    return None
+
+
+def _of_images(value: dict[str, Any]) -> Structure:
+    """Find captions in an object whose names are those of images, perhaps in one for each split."""
+    fields = sum(map(is_field, value))
+    first = list(itertools.islice(value.values(), LOOKED_AT))
+
+    if fields <= MOST_FIELDS * len(value) and any(map(_are_captions, first)):
+        return Structure(
+            "json-dict", "names of images, each with its captions", lambda: _dictionary(value)
+        )
+
+    inner = [part for part in first if isinstance(part, Mapping)]
+    by_split = len(inner) == len(value) <= MOST_SPLITS
+    if not fields and by_split and any(_are_captions(p) for part in inner for p in part.values()):
+        words = f"names of images, each with its captions, in {', '.join(map(repr, value))}"
+        return Structure("json-dict", words, lambda: _dictionaries(value))
+
+    return Structure("", f"an object with {', '.join(map(repr, list(value)[:5]))}")
+
+
+def _are_captions(value: Any) -> bool:
+    """Check whether the value of an image has captions: texts, also by language, or records."""
     if isinstance(value, list):
-        return any(_captions_of(part) for part in value)
+        return any(map(_are_captions, value))
     if isinstance(value, Mapping):
-        return bool(read_record(value).texts)
+        return are_by_language(value) or bool(text_fields(by_plain_name(value)))
 
     return isinstance(value, str)
 
@@ -235,6 +228,13 @@ def _coco(whole: dict[str, Any]) -> Records:
 
 def _listed(records: list[Any]) -> Records:
     return ((f"record {number}", record) for number, record in enumerate(records, 1))
+
+
+def _splits(lists: dict[str, list[Any]]) -> Records:
+    for name, records in lists.items():
+        for number, record in enumerate(records, 1):
+            own = isinstance(record, Mapping)
+            yield f"{name!a}, record {number}", {"split": name, **record} if own else record
 
 
 def _rows(rows: list[Any], fields: list[str]) -> Records:
@@ -265,12 +265,16 @@ def _columns(whole: dict[str, dict[str, Any]]) -> Records:
 
 
 def _dictionary(whole: dict[str, Any]) -> Records:
-    """Yield the captions of images by name; records that name their images themselves, or are of a
-    split, may be listed by split instead.
-    """
+    """Yield the captions of images by name; records may name their images themselves."""
     for key, value in whole.items():
         for part in value if isinstance(value, list) else [value]:
-            record = part if isinstance(part, Mapping) else {"caption": part}
-            found = read_record(record)
-            own = found.images or (found.address and SPLIT.fullmatch(key.lower()))
-            yield f"{key[:80]!a}", {"split": key, **record} if own else {"image_id": key, **record}
+            whole = isinstance(part, Mapping) and not are_by_language(part)
+            record = part if whole else {"caption": part}
+            own = bool(read_record(record).images)
+            yield f"{key[:80]!a}", record if own else {"image_id": key, **record}
+
+
+def _dictionaries(whole: dict[str, dict[str, Any]]) -> Records:
+    for split, images in whole.items():
+        for place, record in _dictionary(images):
+            yield f"{split!a}, {place}", {"split": split, **record}

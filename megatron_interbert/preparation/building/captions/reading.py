@@ -3,25 +3,29 @@
 import itertools
 import json
 import os
-import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from megatron_interbert.encodings import CHINESE
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building import containers
-from megatron_interbert.preparation.building.captions.fields import LANGUAGE, Found, read_record
-from megatron_interbert.preparation.building.captions.layouts import lines_of_json, whole_json
+from megatron_interbert.preparation.building.captions.fields import (
+    Found,
+    is_telling,
+    read_record,
+)
+from megatron_interbert.preparation.building.captions.languages import TAG, guess_language
+from megatron_interbert.preparation.building.captions.layouts import whole_json
 from megatron_interbert.preparation.building.captions.tables import table
-from megatron_interbert.preparation.building.captions.text_file import read_lines
+from megatron_interbert.preparation.building.captions.text_file import clean_caption, read_lines
+from megatron_interbert.preparation.building.captions.texts import Text
 from megatron_interbert.preparation.building.captions.wrapping import (
     TOKEN_LINE,
     Placed,
     Wrapped,
+    json_lines,
     token_lines,
 )
 
@@ -29,19 +33,18 @@ JSON_LAYOUTS = ("coco", "karpathy", "sbu", "json-dict", "json")
 FORMATS = ("auto", *JSON_LAYOUTS, "jsonl", "csv", "tsv", "conceptual", "flickr-tokens")
 REJECTED = "rejected by its data set"  # of a complaint that is no fault
 RECORDS_OF_PART = 4096
-SCRIPTS = {
-    "ja": re.compile("[\u3040-\u30ff]"),
-    "ko": re.compile("[\uac00-\ud7af]"),
-    "zh": CHINESE,
-}
+BY_LINE = ("line",)
 LOOKED_AT = 1000  # records by which it is judged whether images are named, and what an example is
 
 
 @dataclass
 class Caption:
-    """Hold a caption, and the names that its record gives to the image, most reliable first."""
+    """Hold a caption, and the names that its record gives to the image, most reliable first, with
+    the fields that they are from.
+    """
 
     names: list[str]
+    named_by: tuple[str, ...]
     text: str
     language: str
 
@@ -75,21 +78,30 @@ class CaptionFile:
         """
         chosen: Counter[tuple[str, str]] = Counter()
         example = ""
+        named = False
 
         for number, (_, record) in enumerate(itertools.islice(self.wrapped.records(), LOOKED_AT)):
             if isinstance(record, str):
                 continue
 
             found = read_record(record)
+            if found.other_task:
+                raise UsageError(
+                    f"--captions {self.path}: holds records of {found.other_task}; give captions,"
+                    " which say what each image shows"
+                )
+
             self.has_splits = self.has_splits or bool(found.split)
             if not found.texts or not (found.images or found.address or self._numbers_rows):
                 continue
 
-            self.by_line = self.by_line or not found.images
+            named = named or bool(found.images)
             chosen[found.chosen] += 1
             name = found.images[0][0] if found.images else f"{number} (its line)"
-            example = example or f"{name[:60]} -> {' '.join(str(found.texts[0]).split())[:60]!r}"
+            text = clean_caption(str(found.texts[0].text))
+            example = example or f"{name[:60]} -> {text[:60]!r}"
 
+        self.by_line = bool(chosen) and not named
         if chosen:
             (image, text), _ = chosen.most_common(1)[0]
             if self.by_line:
@@ -134,8 +146,10 @@ class CaptionFile:
             return
 
         images = found.images
-        if not images and (found.address or self._numbers_rows):
+        named_by = found.named_by
+        if not images and self.by_line and (found.address or self._numbers_rows):
             images = [_names_of_line(number, found.address)]
+            named_by = BY_LINE
         if not found.texts or not images:
             missing = "caption" if not found.texts else "image"
             yield Complaint(f"no {missing} in the record", where)
@@ -143,54 +157,47 @@ class CaptionFile:
 
         for names in images:
             for text in found.texts:
-                yield _checked(names, text, found, where)
+                yield _checked(names, named_by, text, found, where)
 
 
 def _names_of_line(number: int, address: str) -> list[str]:
     """Return the names of an image of which only the address is known.
 
-    Downloaders name files by line number, or by line number and checksum of the address.
+    Downloaders name files by line number and checksum of the address, or by line number; others by
+    the file name in the address.
     """
     if not address:
         return [str(number)]
 
     checksum = zlib.crc32(address.encode("utf-8", "surrogateescape"))
+    telling = [address] if is_telling(address) else []
 
-    return [f"{number}_{checksum}", str(number), address]
+    return [f"{number}_{checksum}", *telling, str(number)]
 
 
-def _checked(names: list[str], text: Any, found: Found, where: str) -> Caption | Complaint:
+def _checked(
+    names: list[str], named_by: tuple[str, ...], text: Text, found: Found, where: str
+) -> Caption | Complaint:
     where = f"{where}, image {names[0][:80]!a}"
-    if not isinstance(text, str):
-        return Complaint("caption is not text", f"{where}: {type(text).__name__}")
+    if not isinstance(text.text, str):
+        return Complaint("caption is not text", f"{where}: {type(text.text).__name__}")
 
-    text = " ".join(text.replace("\0", " ").split())
     try:
-        "".join([text, *names]).encode("utf-8")
+        "".join([text.text, *names]).encode("utf-8")
     except UnicodeEncodeError:
         return Complaint("text is not UTF-8", where)
 
-    if not text:
+    words = clean_caption(text.text)
+    if not words:
         return Complaint("empty caption", where)
 
-    return Caption(names, text, language_of(found, text))
+    return Caption(names, named_by, words, language_of(found, text))
 
 
-def language_of(found: Found, text: str) -> str:
-    """Return the language tag of a caption: that of its record, or else a guess."""
-    tag = found.language
-    return tag if isinstance(tag, str) and LANGUAGE.match(tag) else guess_language(text)
-
-
-def guess_language(text: str) -> str:
-    """Guess the language of a text, for files without languages: `ja` if it has kana, `ko` for
-    hangul, `zh` for Chinese characters, else `en`.
-    """
-    for language, letters in SCRIPTS.items():
-        if letters.search(text):
-            return language
-
-    return "en"
+def language_of(found: Found, text: Text) -> str:
+    """Return the language tag of a caption: that of the text, of its record, or else a guess."""
+    tag = text.language or found.language
+    return tag if isinstance(tag, str) and TAG.match(tag) else guess_language(text.text)
 
 
 def _open(path: str, kind: str) -> Wrapped:
@@ -198,7 +205,7 @@ def _open(path: str, kind: str) -> Wrapped:
     if os.path.isdir(path) or containers.is_container(path):
         return _records_with_photos(path)
     if kind == "jsonl":
-        return lines_of_json(path)
+        return json_lines(path)
     if kind == "flickr-tokens":
         return token_lines(path)
     if kind in JSON_LAYOUTS:
@@ -254,7 +261,7 @@ def _guess(path: str) -> Wrapped | None:
     """Open a file as what its first line looks like."""
     first = _start(path).lstrip()
     if first.startswith("{") and _is_object(first) and _has_more_lines(path):
-        return lines_of_json(path)
+        return json_lines(path)
     if first.startswith(("{", "[")):
         return whole_json(path)
     if TOKEN_LINE.match(first):

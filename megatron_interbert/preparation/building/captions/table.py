@@ -22,6 +22,7 @@ SCHEMA = """
     PRAGMA journal_mode=OFF;
     PRAGMA synchronous=OFF;
     CREATE TABLE caption (target INTEGER, text TEXT, language TEXT);
+    CREATE TABLE kind (target INTEGER PRIMARY KEY, number INTEGER);
 """
 CAPTIONS = NameTable("caption")
 WANTED = NameTable("wanted")
@@ -82,7 +83,11 @@ class CaptionTable:
 
         with contextlib.closing(sqlite3.connect(path)) as connection, connection:
             connection.executescript(SCHEMA)
-            captions = (caption for file in files for caption in file.captions(split))
+            captions = (
+                (number, caption)
+                for number, file in enumerate(files)
+                for caption in file.captions(split)
+            )
             CAPTIONS.fill(connection, _write(connection, captions, complain))
             connection.execute("CREATE INDEX by_target ON caption (target)")
             _check_splits(files, split)
@@ -109,6 +114,13 @@ class CaptionTable:
         )
 
         return np.fromiter((count for (count,) in rows), np.int64)
+
+    def kinds(self) -> np.ndarray:
+        """Return the kind of each target, int64 [targets]: of a kind are those of one file whose
+        names are from the same fields.
+        """
+        rows = self.connection.execute("SELECT number FROM kind ORDER BY target")
+        return np.fromiter((number for (number,) in rows), np.int64)
 
     def targets_of(self, image_id: str) -> list[Meaning]:
         """Return how targets mean an image, if it is the only one with its keys."""
@@ -157,17 +169,18 @@ def most_reliable(meanings: Sequence[Meaning]) -> list[int]:
 
 def _write(
     connection: sqlite3.Connection,
-    captions: Iterable[Caption | Complaint],
+    captions: Iterable[tuple[int, Caption | Complaint]],
     complain: Callable[[Complaint], None],
 ) -> Iterator[list[str]]:
     """Write captions, and yield the names of each new target: of captions that follow each other
     and have the same names.
     """
     rows: list[tuple[int, str, str]] = []
+    kinds: dict[tuple[int, tuple[str, ...]], int] = {}
     target = -1
     names: list[str] = []
 
-    for caption in captions:
+    for file, caption in captions:
         if isinstance(caption, Complaint):
             complain(caption)
             continue
@@ -175,6 +188,8 @@ def _write(
         if caption.names != names:
             target += 1
             names = caption.names
+            kind = kinds.setdefault((file, caption.named_by), len(kinds))
+            connection.execute("INSERT INTO kind VALUES (?, ?)", (target, kind))
             yield names
 
         rows.append((target, caption.text, caption.language))

@@ -30,7 +30,7 @@ DELIMITERS = {  # rare ones first: where one fits, it is no accident
     ";": "semicolons",
 }
 QUOTED_BETWEEN = ",;|\t"  # cells between others are written as they are
-EXCEL = re.compile(r"^sep=.$", re.IGNORECASE)  # its note of the delimiter, above the table
+EXCEL = re.compile(r"^sep=(.)$", re.IGNORECASE)  # its note of the delimiter, above the table
 # a photo in base64, by its first bytes: JPEG, PNG, WebP, GIF, BMP or TIFF
 PHOTO = re.compile(
     r"^(?:data:image/\w+;base64,)?(?:[/_]9j[/_]|iVBORw0K|UklGR|R0lGOD|Qk|SUkq|TU0A)\S{32}"
@@ -164,7 +164,7 @@ def _record(layout: Layout, row: Cells) -> dict[str, str] | str:
 def _look_at(path: str, delimiters: Sequence[str]) -> Layout | None:
     """Find out how a table is written: the way in which most of its first rows fit."""
     seen = []
-    for layout in _candidates(delimiters):
+    for layout in _candidates(_excels_delimiter(path) or delimiters):
         first = [row for _, row in itertools.islice(layout.rows(path), LOOKED_AT)]
         rows = [row for row in first if not isinstance(row, str)]
         fitting, wider = _count_fitting(rows)
@@ -183,6 +183,14 @@ def _look_at(path: str, delimiters: Sequence[str]) -> Layout | None:
         raise UsageError(f"--captions {path}: {problem}")
 
     return None
+
+
+def _excels_delimiter(path: str) -> str:
+    """Return the delimiter that Excel notes above a table, or ""."""
+    with open_text(path) as handle:
+        found = EXCEL.match(handle.readline().strip())
+
+    return found[1] if found else ""
 
 
 def _candidates(delimiters: Sequence[str]) -> Iterator[Layout]:
@@ -235,8 +243,13 @@ def _fields(rows: Sequence[Cells]) -> tuple[bool, list[str]]:
     if not (texts and images):
         body = rows[1:] if header and len(rows) > 1 else rows
         width = _width(rows)
-        looked = name_columns([row[:width] for row in body if len(row) >= width])
-        fields = _completed(fields, looked, texts) if header and looked else fields or looked
+        cells = [row[:width] for row in body if len(row) >= width]
+        if header:
+            needed = set() if texts else {"caption"}
+            needed |= set() if images else {"image", "url"}
+            fields = _completed(fields, name_columns(cells, needed, fields))
+        else:
+            fields = name_columns(cells)
         texts, images = _holds(fields)
 
     if not (texts and images):
@@ -255,14 +268,11 @@ def _holds(fields: Sequence[str]) -> tuple[bool, bool]:
     return bool(found.texts), bool(found.images or found.address)
 
 
-def _completed(fields: Sequence[str], looked: Sequence[str], texts: bool) -> list[str]:
-    """Name by looking the columns whose names in the header are unknown."""
-    known = [any(_holds([name])) for name in fields]
-    taken = {"caption"} if texts else set()
-
+def _completed(fields: Sequence[str], looked: Sequence[str]) -> list[str]:
+    """Name by what was seen the columns whose names in the header are unknown."""
     return [
-        name if ours or seen in ("", "lang") or seen in taken else seen
-        for name, seen, ours in zip(fields, looked, known, strict=False)
+        seen if seen and not any(_holds([name])) else name
+        for name, seen in itertools.zip_longest(fields, looked, fillvalue="")
     ]
 
 
@@ -290,7 +300,10 @@ def photo_table(path: str) -> tuple[bool, list[str]]:
 
     header = len(rows[0]) <= photos[0] or not PHOTO.match(rows[0][photos[0]])
     body = rows[1:] if header else rows
-    fields = list(rows[0]) if header else name_columns(body) or _first_is_image(body, photos[0])
+    try:
+        fields = list(rows[0]) if header else name_columns(body) or _first_is_image(body, photos[0])
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
     fields[photos[0]] = "photo"
 
     return header, fields

@@ -2,6 +2,7 @@
 that have a record on each line.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,12 @@ from typing import Any
 
 from megatron_interbert.data.image_names import CAPTION_NUMBER
 from megatron_interbert.preparation.building.captions.text_file import read_lines
+from megatron_interbert.preparation.building.captions.unknown import (
+    LOOKED_AT,
+    in_words,
+    unknown_fields,
+    with_known_names,
+)
 
 TOKEN_LINE = re.compile(r"^\S+#\S*\d\s")  # `1000.jpg#0 a man` in Flickr's token files
 
@@ -31,7 +38,7 @@ class Wrapped:
 
 
 def json_lines(path: str) -> Wrapped:
-    """Read an object on each line."""
+    """Read an object on each line, whose fields may have unknown names."""
 
     def records() -> Iterator[Placed]:
         for number, line in read_lines(path):
@@ -46,7 +53,17 @@ def json_lines(path: str) -> Wrapped:
                 f"is not a JSON object ({problem})" if problem else value,
             )
 
-    return Wrapped("jsonl", "a JSON object on each line", records)
+    words = "a JSON object on each line"
+    first = (record for _, record in itertools.islice(records(), LOOKED_AT))
+    meaning = unknown_fields([record for record in first if isinstance(record, Mapping)])
+    if not meaning:
+        return Wrapped("jsonl", words, records)
+
+    return Wrapped(
+        "jsonl",
+        f"{words}, {in_words(meaning)}",
+        lambda: ((place, with_known_names(record, meaning)) for place, record in records()),
+    )
 
 
 def token_lines(path: str) -> Wrapped:
@@ -54,7 +71,7 @@ def token_lines(path: str) -> Wrapped:
 
     def records() -> Iterator[Placed]:
         for number, line in read_lines(path):
-            name, _, text = line.strip().replace("\t", " ", 1).partition(" ")
+            name, _, text = line.strip().partition("\t" if "\t" in line else " ")
             image = CAPTION_NUMBER.sub("", name)
             yield f"line {number}", {"image": image, "caption": text}
 

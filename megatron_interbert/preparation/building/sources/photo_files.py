@@ -12,10 +12,11 @@ from typing import Any, Protocol
 from megatron_interbert.data.image_names import PHOTO_ENDINGS, ImageName
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building import containers
-from megatron_interbert.preparation.building.captions.fields import plain, read_record
+from megatron_interbert.preparation.building.captions.fields import read_record
 from megatron_interbert.preparation.building.captions.reading import REJECTED, language_of
 from megatron_interbert.preparation.building.captions.tables import photo_table
 from megatron_interbert.preparation.building.captions.text_file import clean_caption
+from megatron_interbert.preparation.building.captions.texts import plain
 from megatron_interbert.preparation.building.sources.base import Dropped
 from megatron_interbert.preparation.building.sources.decoding import Photo
 from megatron_interbert.reading import open_regular
@@ -236,8 +237,11 @@ def photo_of_record(record: dict[str, Any], place: str, where: str) -> Photo | D
     if found.rejected:
         return Dropped(where, image_id, REJECTED, found.rejected)
 
-    texts = [clean_caption(text) for text in found.texts if isinstance(text, str)]
-    captions = [(text, language_of(found, text)) for text in texts if text]
+    captions = [
+        (clean_caption(text.text), language_of(found, text))
+        for text in found.texts
+        if isinstance(text.text, str) and text.text.strip()
+    ]
 
     return Photo(image_id, where, data=data, captions=captions)
 
@@ -248,6 +252,8 @@ def photo_bytes(record: dict[str, Any]) -> bytes | None:
     """
     found = []
     for name, value in record.items():
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
         if isinstance(value, dict):
             value = value.get("bytes")
         if isinstance(value, str) and "base64" in plain(name):

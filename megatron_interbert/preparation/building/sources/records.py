@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
-from megatron_interbert.preparation.building.captions.reading import guess_language
+from megatron_interbert.preparation.building.captions.languages import guess_language
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
 from megatron_interbert.preparation.building.sources.base import Dropped, Record, SourceFacts
 from megatron_interbert.preparation.building.sources.encoded import (
