@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from megatron_interbert.parallel.launch import node_name, read_launch
 
 ALIVE = "alive-"
@@ -54,6 +56,16 @@ class Team:
         return replace(
             self, rank=self.rank // self.local_size, size=machines, local_rank=0, local_size=1
         )
+
+    def has_made(self, path: Path) -> bool:
+        """Check whether a file is newer than the launcher of this process, so that others of the
+        team have made it.
+        """
+        try:
+            launched = psutil.Process(os.getppid()).create_time()
+            return self.is_shared and path.stat().st_mtime > launched
+        except (OSError, psutil.Error):
+            return False
 
     def share_of(self, processes: int) -> int:
         """Return how many of the processes that a machine is to run are this one's."""
@@ -147,8 +159,10 @@ class Claims:
             own.unlink(missing_ok=True)
 
     def release(self, what: str) -> None:
-        """Give something back."""
-        (self.folder / (what + CLAIM)).unlink(missing_ok=True)
+        """Give something back, unless others have taken it meanwhile."""
+        path = self.folder / (what + CLAIM)
+        if _owner_of(path) == self.name:
+            path.unlink(missing_ok=True)
 
     def _lives(self, owner: str) -> bool:
         """Check whether a process has given a sign of life within the timeout, by this machine's

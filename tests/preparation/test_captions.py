@@ -4,6 +4,7 @@ the whole data pipeline.
 
 import contextlib
 import json
+import subprocess
 import zlib
 
 import numpy as np
@@ -461,6 +462,21 @@ GERMAN = ("ein Mädchen läuft", "über die Straße")
         ("big5", "BIG5", CHINESE),
         ("latin-1", "WINDOWS-1252", FRENCH),
         ("cp1252", "WINDOWS-1252", GERMAN),
+        (
+            "latin-1",
+            "WINDOWS-1252",
+            ("p\u00e4\u00e4ll\u00e4 h\u00e4n", "dire\u00e7\u00e3o \u00e0 direita"),
+        ),
+        (
+            "euc-kr",
+            "EUC-KR",
+            ("\ube68\uac04 \uadf8\ub987\uc774 \uc704\uc5d0", "\uac1c\uac00 \ub2ec\ub9b0\ub2e4"),
+        ),
+        (
+            "shift_jis",
+            "SHIFT_JIS",
+            ("\u8d64\u3044\u30dc\u30a6\u30eb\u304c", "\u72ac\u304c\u8d70\u3063\u3066\u3044\u308b"),
+        ),
         ("utf-16", "UTF-16", CHINESE),
         ("utf-16-le", "UTF-16LE", FRENCH),
         ("utf-16-be", "UTF-16BE", SIMPLIFIED),
@@ -482,6 +498,19 @@ def test_other_texts_are_refused_in_the_same_words(tmp_path):
     path = write(tmp_path / "ids.txt", "\n".join(SIMPLIFIED), "gbk")
     with pytest.raises(UsageError, match=r"--only: .*ids.txt is not UTF-8 .* iconv -f GB18030 -t"):
         read_text(path, "--only")
+
+    folder = tmp_path / "Bob's set"
+    folder.mkdir()
+    path = write(folder / "ids.txt", "\n".join(SIMPLIFIED), "gbk")
+    with pytest.raises(UsageError) as refused:
+        read_text(path, "--only")
+    command = str(refused.value).partition("convert it: ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert (folder / "ids-utf8.txt").read_text(encoding="utf-8") == "\n".join(SIMPLIFIED)
+
+    with pytest.raises(UsageError, match="numbers.npy is not UTF-8 text"):
+        np.save(tmp_path / "numbers.npy", np.arange(1000))
+        read_text(tmp_path / "numbers.npy", "--only")
 
     path = tmp_path / "damaged.txt"
     path.write_bytes(b"a\n\xff\nb\n")

@@ -220,7 +220,8 @@ def _take_part(task: _Build, team: Team) -> None:
             elif not task.is_prepared():
                 if claims.take("captions"):
                     folder.prepare()
-                    task.read_captions()
+                    with task.failure_for_all():
+                        task.read_captions()
                     claims.release("captions")
             else:
                 folder.prepare()

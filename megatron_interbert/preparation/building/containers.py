@@ -19,6 +19,7 @@ from megatron_interbert.errors import UsageError, imports_of
 ENDINGS = (".parquet", ".arrow", ".tar")
 BATCH = 64  # rows of Parquet in memory at a time
 TEXT_MEMBERS = ("txt", "caption", "text")
+DAMAGED = "damaged member"  # field of a record: the extension of a member that cannot be read
 GZIP = b"\x1f\x8b"
 Placed = tuple[str, dict[str, Any]]  # place in the file, record
 
@@ -175,6 +176,8 @@ def _rows(batches: Iterator[Any], first: int, photos: bool = True) -> Iterator[P
             batch = _without_bytes(batch)
         for start in range(0, batch.num_rows, BATCH):
             for number, row in enumerate(batch.slice(start, BATCH).to_pylist(), first + start):
+                if isinstance(row.get("json"), dict):  # of a WebDataset that was converted
+                    row |= row.pop("json")
                 yield f"row {number}", row
         first += batch.num_rows
 
@@ -208,7 +211,10 @@ class _Tar:
                     if photos or is_text:
                         handle.seek(offset)
                         record |= _member(extension, handle.read(size))
-                yield key, record
+                if DAMAGED in record and not photos:
+                    yield key, f"its {record[DAMAGED]} is damaged"
+                else:
+                    yield key, record
 
 
 def _by_key(
@@ -238,13 +244,15 @@ def _by_key(
 
 
 def _member(extension: str, data: bytes) -> dict[str, Any]:
-    """Return the fields of a member: those of an object in JSON, a text, or bytes."""
+    """Return the fields of a member: those of an object in JSON, captions in a list, a text, or
+    bytes; also of JSON that is damaged.
+    """
     if extension == "json":
         try:
             value = json.loads(data)
         except (ValueError, RecursionError):
-            return {}
-        return value if isinstance(value, dict) else {}
+            return {DAMAGED: "json"}
+        return value if isinstance(value, dict) else {"captions": value}
     if extension.rpartition(".")[2] in TEXT_MEMBERS:
         return {"txt": data.decode("utf-8", "surrogateescape")}
 

@@ -119,7 +119,6 @@ def _explain_nothing(
     images that shows it; if asked, `remove` the units, which are useless.
     """
     reason = next((reason for reason, _ in done.reasons.most_common(1)), "the sources are empty")
-    reason = NO_CAPTION if done.reasons[NO_CAPTION] else reason
     first = next((line for line in lines if line["reason"] == reason), dict.fromkeys(LINE, ""))
     name = table.name_of(0) if reason == NO_CAPTION and table else ""
     if remove:

@@ -15,6 +15,7 @@ from megatron_interbert.preparation.sharing import Claims
 from megatron_interbert.progress import progress
 
 READ_AT_ONCE = 256  # images whose regions are in memory
+IMAGES_OF_TILE = 65_536  # whose distances to a block of images are in memory
 IMAGES_OF_PART = 16_384  # whose means are one file
 
 
@@ -35,15 +36,27 @@ def nearest_images(
 ) -> np.ndarray:
     """Find the K nearest other images of some images, int32 [rows, K], nearest first.
 
-    `means` is [images, F], `squares` their squared lengths [images]; rows x images distances are in
-    memory at a time.
+    `means` is [images, F], `squares` their squared lengths [images]; the distances to
+    IMAGES_OF_TILE images are in memory at a time.
     """
     own = means[rows.start : rows.stop]
-    distance = squares - 2 * own @ means.T  # the rows' own squares do not affect the order
-    numbers = torch.arange(len(rows), device=means.device)
-    distance[numbers, numbers + rows.start] = torch.inf
+    nearest = own.new_empty((len(rows), 0))
+    found = torch.empty((len(rows), 0), dtype=torch.int64, device=means.device)
 
-    return distance.topk(neighbours, dim=1, largest=False).indices.int().cpu().numpy()
+    for start in range(0, len(means), IMAGES_OF_TILE):
+        stop = min(start + IMAGES_OF_TILE, len(means))
+        # the rows' own squares do not affect the order
+        distance = squares[start:stop] - 2 * own @ means[start:stop].T
+        themselves = torch.arange(max(start, rows.start), min(stop, rows.stop))
+        distance[themselves - rows.start, themselves - start] = torch.inf
+
+        numbers = torch.arange(start, stop, device=means.device).expand(len(rows), -1)
+        nearest = torch.cat([nearest, distance], dim=1)
+        best = nearest.topk(min(neighbours, nearest.shape[1]), dim=1, largest=False)
+        found = torch.cat([found, numbers], dim=1).gather(1, best.indices)
+        nearest = best.values
+
+    return found.int().cpu().numpy()
 
 
 def mine_neighbours(

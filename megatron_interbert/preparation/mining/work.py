@@ -330,9 +330,9 @@ def work_on(
             summary = None if restart else folder.published()
             if summary is not None:
                 return summary
+            if folder.output.exists() and team.has_made(folder.output):
+                return None  # the others were faster
             if folder.output.exists() and not overwrite:
-                if team.rank:
-                    return None  # the others were faster
                 raise UsageError(f"{folder.output}: already exists; give --overwrite to replace it")
 
             folder.open(restart, team.is_shared)

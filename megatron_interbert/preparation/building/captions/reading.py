@@ -243,7 +243,8 @@ def _records_with_photos(path: str) -> Wrapped:
         for file in files:
             for part in containers.parts(file, RECORDS_OF_PART):
                 for place, record in containers.records(file, part, photos=False):
-                    if len(files) > 1 and "__key__" in record:  # shards may number alike
+                    if len(files) > 1 and isinstance(record, dict) and "__key__" in record:
+                        # shards may number alike
                         record = {**record, "__key__": f"{file.stem}/{record['__key__']}"}
                     yield place, record
 

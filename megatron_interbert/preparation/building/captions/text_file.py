@@ -21,6 +21,7 @@ OTHER_FILES = {  # first bytes -> what a file is, what to do
     b"\xfd7zXZ": ("compressed (xz)", UNPACK),
     b"\x93NUMPY": ("a NumPy array", "give the file with the captions"),
     b"\x89HDF": ("an HDF5 file", "give the file with the captions"),
+    b"SQLite format 3": ("a database (SQLite)", "export the table with the captions as CSV"),
     b"\x80": ("a pickle", "write its captions as JSON"),
     b"\xff\xd8\xff": ("a photo", "give the file with the captions"),
     b"\x89PNG": ("a photo", "give the file with the captions"),

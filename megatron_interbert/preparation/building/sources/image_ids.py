@@ -76,7 +76,7 @@ def _content(path: str, trust_pickle: bool) -> Any:
         except (OSError, ValueError) as error:
             raise UsageError(f"--image-ids {path}: {error}") from error
 
-    text = read_text(path, "--image-ids").removeprefix("\ufeff")
+    text = read_text(path, "--image-ids")
     if text.lstrip()[:1] not in ("{", "["):
         # a blank line in between is a row without a name
         return [line.strip() for line in text.rstrip().split("\n")]

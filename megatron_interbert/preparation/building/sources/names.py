@@ -55,7 +55,7 @@ NAMES = {
     "class_ids": (
         *("cls_id_1601", "class_ids", "objects_id", "objects_ids", "object_ids", "obj_id"),
         *("obj_ids", "objects", "class_labels", "pred_classes", "labels", "object_id"),
-        *("cls_id", "cls_ids", "class_id"),
+        *("cls_id", "cls_ids", "class_id", "classes"),
     ),
     "class_confidence": (
         *("class_confidence", "objects_conf", "object_conf", "cls_conf", "obj_conf", "obj_confs"),
@@ -71,7 +71,7 @@ OF_REGIONS = (
 )
 OURS = {theirs: ours for ours, spellings in NAMES.items() for theirs in spellings}
 # Spellings of class ids that count background as 0; the others count from the first object.
-COUNT_BACKGROUND = {"cls_id_1601": BACKGROUND_FIRST, "labels": BACKGROUND_FIRST}
+COUNT_BACKGROUND = dict.fromkeys(("cls_id_1601", "labels", "classes"), BACKGROUND_FIRST)
 
 
 def ours(name: Any) -> str:

@@ -231,6 +231,9 @@ def photo_of_record(record: dict[str, Any], place: str, where: str) -> Photo | D
     data = photo_bytes(record)
     found = read_record(record)
     image_id = found.images[0][0] if found.images else place.removeprefix("row ")
+    if containers.DAMAGED in record:
+        what = f"its {record[containers.DAMAGED]} is damaged"
+        return Dropped(where, image_id, what, "so its captions are unknown")
     if data is None:
         return Dropped(where, image_id, NO_PHOTO, ", ".join(map(str, record))[:200])
 

@@ -10,6 +10,7 @@ from megatron_interbert.preparation.building.sources.fields import BadRecord, nu
 from megatron_interbert.preparation.building.sources.names import renamed
 from megatron_interbert.reading import read_text
 
+NUMBERS = ("id", "image_id", "cocoid", "imgid")
 Size = tuple[float, float]
 
 
@@ -17,11 +18,11 @@ def read_sizes(path: str) -> dict[str, Size]:
     """Return (width, height) by image id.
 
     The file has lines `id, tab, {"height": h, "width": w}` (or a list of it, or `h w`), or is JSON:
-    id -> {"width", "height"}, or a list of images (that of COCO or Visual Genome), which go by
-    number and by file name.
+    id -> {"width", "height"}, or a list of images (that of COCO or Visual Genome), which go by file
+    name, and by numbers that no file has.
     Raises UsageError for anything else.
     """
-    text = read_text(path, "--image-sizes").removeprefix("\ufeff")
+    text = read_text(path, "--image-sizes")
     try:
         is_json = text.lstrip()[:1] in ("{", "[")
         found = dict(_of_json(json.loads(text)) if is_json else _of_lines(text))
@@ -72,16 +73,15 @@ def _of_json(value: Any) -> Iterator[tuple[str, Size]]:
         return
 
     for image in images:
-        size = _size(image)
-        for name in ("id", "image_id", "cocoid", "imgid"):
-            if name in image:
-                yield str(image[name]), size
-                break
+        number_ = next((image[name] for name in NUMBERS if name in image), None)
+        if number_ is not None:
+            yield str(number_), _size(image)
 
+    for image in images:  # they come later, so they count more
         for name in ("file_name", "filename"):
             if name in image:
-                yield str(image[name]), size
-                yield Path(str(image[name])).stem, size
+                yield str(image[name]), _size(image)
+                yield Path(str(image[name])).stem, _size(image)
 
 
 def _size(value: Mapping[str, Any]) -> Size:
