@@ -15,6 +15,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from urllib.parse import unquote
 
 PHOTO_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
@@ -111,7 +112,7 @@ def _path_and_ending(text: str) -> tuple[str, str]:
     path, addresses = ADDRESS.subn("", unicodedata.normalize("NFC", text.strip()))
     if addresses:
         before = re.split(r"[?#]", path, maxsplit=1)[0]
-        path = before if ENDING.search(before) else path
+        path = unquote(before if ENDING.search(before) else path)
     elif CAPTION_NUMBER.search(path) and ENDING.search(CAPTION_NUMBER.sub("", path)):
         path = CAPTION_NUMBER.sub("", path)
 

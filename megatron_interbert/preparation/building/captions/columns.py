@@ -8,7 +8,12 @@ from megatron_interbert.data.image_names import CAPTION_NUMBER, ENDING
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.captions.fields import is_field, read_record
 from megatron_interbert.preparation.building.captions.languages import is_language
-from megatron_interbert.preparation.building.captions.texts import out_of_cell, plain, texts_of
+from megatron_interbert.preparation.building.captions.texts import (
+    is_nothing,
+    out_of_cell,
+    plain,
+    texts_of,
+)
 
 ADDRESS = re.compile(r"^https?://\S+$", re.IGNORECASE)
 BASE64 = re.compile(r"^[A-Za-z0-9+/_=-]{40,}$")
@@ -80,7 +85,8 @@ def are_enough(fields: Sequence[str]) -> bool:
 
 
 def _cells(rows: Sequence[Row], number: int) -> list[str]:
-    return [row[number].strip() for row in rows if number < len(row) and row[number].strip()]
+    cells = (row[number].strip() for row in rows if number < len(row))
+    return [cell for cell in cells if not is_nothing(cell)]
 
 
 def _most(cells: Sequence[str], rule: Callable[[str], object]) -> bool:
@@ -93,6 +99,10 @@ def _is_file(cell: str) -> bool:
 
 def _is_name(cell: str) -> bool:
     return bool(NAME.match(cell)) and not BASE64.match(cell) and not is_language(cell)
+
+
+def _is_word(cell: str) -> bool:
+    return _is_name(cell) and not NUMBER.match(cell)
 
 
 def _is_text(cell: str) -> bool:
@@ -135,7 +145,7 @@ def _first_column(
 
     for rule in rules:
         fitting = [number for number in free if _most(columns[number], rule)]
-        if headings is not None and rule in (NUMBER.match, _is_name):
+        if headings is not None and rule != _is_file:
             fitting = [number for number in fitting if IMAGE_WORD.search(plain(headings[number]))]
 
         repeating = [number for number in fitting if _some_repeat(columns[number])]
@@ -145,10 +155,20 @@ def _first_column(
                 f"columns {names} hold numbers, each of which may name the image; give a first line"
                 " with the names of the columns, such as id, image_id, caption"
             )
+        names_follow = any(_most(columns[number], _is_word) for number in free)
+        if len(fitting) == 1 and _counts_rows(columns[fitting[0]]) and names_follow:
+            continue
         if fitting:
             return (repeating or fitting)[0]
 
     return None
+
+
+def _counts_rows(cells: Sequence[str]) -> bool:
+    """Check whether a column counts the rows, from 0 or 1."""
+    return cells[:1] in (["0"], ["1"]) and all(
+        cell == str(number) for number, cell in enumerate(cells, int(cells[0]))
+    )
 
 
 def _some_repeat(cells: Sequence[str]) -> bool:

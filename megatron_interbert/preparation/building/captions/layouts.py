@@ -62,7 +62,10 @@ def load_json(path: str) -> Any:
         try:
             return json.load(handle)
         except (ValueError, RecursionError) as error:
-            raise UsageError(f"--captions {path}: not valid JSON ({error})") from error
+            raise UsageError(
+                f"--captions {path}: not valid JSON ({error}); expected one array or object, or an"
+                " object on each line"
+            ) from error
 
 
 def _as_records(items: Records) -> Iterator[Placed]:
