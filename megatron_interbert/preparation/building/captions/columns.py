@@ -101,10 +101,6 @@ def _is_name(cell: str) -> bool:
     return bool(NAME.match(cell)) and not BASE64.match(cell) and not is_language(cell)
 
 
-def _is_word(cell: str) -> bool:
-    return _is_name(cell) and not NUMBER.match(cell)
-
-
 def _is_text(cell: str) -> bool:
     """Check whether a cell holds words: several, or one that is no code; or a list of such."""
     if cell.startswith(("[", "{")) and out_of_cell(cell) is not cell:
@@ -142,6 +138,8 @@ def _first_column(
     which some repeat, as images with several captions do, or else the first.
     """
     free = [number for number, field in enumerate(fields) if not field]
+    if any(_are_words_for_images(columns[number]) for number in free):
+        free = [number for number in free if not _counts_rows(columns[number])]
 
     for rule in rules:
         fitting = [number for number in free if _most(columns[number], rule)]
@@ -155,9 +153,6 @@ def _first_column(
                 f"columns {names} hold numbers, each of which may name the image; give a first line"
                 " with the names of the columns, such as id, image_id, caption"
             )
-        names_follow = any(_most(columns[number], _is_word) for number in free)
-        if len(fitting) == 1 and _counts_rows(columns[fitting[0]]) and names_follow:
-            continue
         if fitting:
             return (repeating or fitting)[0]
 
@@ -171,12 +166,24 @@ def _counts_rows(cells: Sequence[str]) -> bool:
     )
 
 
+def _are_words_for_images(cells: Sequence[str]) -> bool:
+    """Check whether a column holds names that are no numbers, and that do not come again later, as
+    categories do.
+    """
+    words = not _most(cells, NUMBER.match) and _most(cells, _is_name)
+    return words and _runs(cells) == len(set(cells))
+
+
 def _some_repeat(cells: Sequence[str]) -> bool:
     """Check whether a column names things that follow each other several times, but few of them
     very often: neither numbers of captions, which begin anew, nor labels.
     """
-    runs = [cell for cell, _ in itertools.groupby(cells)]
-    return len(cells) / MOST_CAPTIONS <= len(set(cells)) == len(runs) < len(cells)
+    return len(cells) / MOST_CAPTIONS <= len(set(cells)) == _runs(cells) < len(cells)
+
+
+def _runs(cells: Sequence[str]) -> int:
+    """Return how many runs of equal cells there are."""
+    return sum(1 for _ in itertools.groupby(cells))
 
 
 def is_unknown_header(rows: Sequence[Row], fields: Sequence[str]) -> bool:

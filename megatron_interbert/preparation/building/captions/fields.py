@@ -54,6 +54,8 @@ OTHER_TASKS = {
     "rationale_orig": "VCR: interbert finetune vcr reads it",
     "target_hard": "CIRR, whose captions tell two images apart",
     "candidate": "Fashion-IQ, whose captions tell two images apart",
+    "left_url": "NLVR2, whose sentences are about two images",
+    "img0": "NLVR2, whose sentences are about two images",
     "conversations": "LLaVA, whose answers are of many kinds",
 }
 LONGEST_NAME = 1024  # characters; longer ones are photos in base64

@@ -98,6 +98,10 @@ def text_fields(values: Mapping[str, Any]) -> list[str]:
 def texts_in(values: Mapping[str, Any]) -> Iterator[Text]:
     """Yield the captions of a record, given by its plain names."""
     for name in text_fields(values):
+        if name == "tokens" and isinstance(values[name], list):  # of one caption, however short
+            yield Text(" ".join(map(str, values[name])))
+            continue
+
         found = SEVERAL.match(name)
         language = found[1] if found else name
         yield from texts_of(values[name], language if is_language(language) else "")
