@@ -352,3 +352,35 @@ def test_rows_of_text_in_pickles(tmp_path, images):
 
     path = write_lmdb(tmp_path / "x.lmdb", rows)
     check(built(path, tmp_path / "store")[0], images)
+
+
+def test_sizes_go_by_file_name_before_number(tmp_path, images):
+    """Check COCO's JSON whose file names are numbers, but not those of their images."""
+    entries = [
+        {"id": (n + 1) % 6, "file_name": f"{n}.jpg", "width": 100 + n, "height": 80}
+        for n in range(6)
+    ]
+    (tmp_path / "sizes.json").write_text(json.dumps({"images": entries}))
+    (tmp_path / "npz").mkdir()
+    for n, image in enumerate(images):
+        fields = {"features": image["features"], "boxes": image["boxes"]}
+        np.savez(tmp_path / "npz" / f"{n}.npz", **fields)
+
+    sizes = str(tmp_path / "sizes.json")
+    found, _, _ = built(tmp_path / "npz", tmp_path / "store", image_sizes=sizes)
+    assert {name: regions.size[0] for name, regions in found.items()} == {
+        str(n): 100.0 + n for n in range(6)
+    }
+
+
+def test_records_of_one_id_whose_regions_differ_do_not_share_captions(tmp_path, images):
+    images[1]["image_id"] = images[2]["image_id"] = images[0]["image_id"]
+    images[2] |= {name: images[0][name] for name in ("features", "boxes", "cls_conf")}
+    images[2]["cls_id_1601"] = images[0]["cls_id_1601"]
+    titles = [f"text {n}" for n in range(6)]
+    tensorpack_lmdb(tmp_path / "x.lmdb", images, titles)
+    _, manifest, _ = built(tmp_path / "x.lmdb", tmp_path / "store", max_dropped=0.5)
+    store = RegionStore(str(tmp_path / "store"))
+    texts = [store.caption(n) for n in range(store.num_captions)]
+    assert sorted(texts) == ["text 0", "text 2", "text 3", "text 4", "text 5"]
+    assert sum(manifest["dropped"].values()) == 2

@@ -11,14 +11,22 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch
 
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.preparation.mining import neighbours
 from megatron_interbert.preparation.mining.index import build_index
 from megatron_interbert.preparation.mining.search import MiningOptions, Searcher, mine
 from megatron_interbert.preparation.mining.terms import normalise, terms_of
-from megatron_interbert.preparation.mining.work import MiningFolder
+from megatron_interbert.preparation.mining.work import (
+    MiningFolder,
+    TableFolder,
+    finish_together,
+    work_on,
+)
+from megatron_interbert.preparation.sharing import Team
 from tests.corpus import write_store
 from tests.shared import SHARED, needs_shared
 
@@ -335,3 +343,50 @@ def test_blocks_and_broken_block_files_change_nothing(tmp_path):
 
     mine(store, MiningOptions(block=50), overwrite=True)
     assert (store.path / HARD_NEGATIVES).read_bytes() == whole
+
+
+def test_a_process_that_comes_late_leaves_what_the_others_have_made(tmp_path):
+    """Check both ranks of a team in turn, with --overwrite too, and a table that is older than the
+    team.
+    """
+    rows = np.ones((4, 2), np.int32)
+    (tmp_path / "manifest.json").write_text("{}")
+
+    def work(rank, overwrite=False):
+        folder = TableFolder(tmp_path / HARD_NEGATIVES, {"x": 1}, 4, 2, 2, 4)
+
+        def finish(may_publish):
+            folder.assemble()
+            assert may_publish()
+            folder.publish({"rank": rank})
+            return {"rank": rank}
+
+        def make(claims):
+            folder.complete(lambda numbers: rows[: len(numbers)], claims)
+            return finish_together(folder, finish, claims)
+
+        return work_on(folder, Team(rank, 2), False, overwrite, make)
+
+    assert work(1) == {"rank": 1}
+    table = tmp_path / HARD_NEGATIVES
+    made = table.stat().st_mtime_ns
+    assert work(0) is None
+    assert work(0, overwrite=True) is None
+    assert table.stat().st_mtime_ns == made
+
+    os.utime(table, (0, 0))
+    with pytest.raises(UsageError, match="already exists; give --overwrite"):
+        work(0)
+    assert work(0, overwrite=True) == {"rank": 0}
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7, 100])
+def test_neighbours_do_not_depend_on_tiles(monkeypatch, tile):
+    monkeypatch.setattr(neighbours, "IMAGES_OF_TILE", tile)
+    means = torch.randn(23, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    squares = means.square().sum(dim=1)
+    distance = torch.cdist(means, means).fill_diagonal_(torch.inf)
+    expected = distance.argsort(dim=1)[:, :4].numpy()
+    for rows in (range(0, 23), range(5, 9)):
+        found = neighbours.nearest_images(means, squares, rows, 4)
+        np.testing.assert_array_equal(found, expected[rows.start : rows.stop])

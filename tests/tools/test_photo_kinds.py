@@ -223,6 +223,52 @@ def test_parquet_and_arrow_of_datasets(detector, tmp_path):
     assert list(extract(detector, tmp_path / "b", tmp_path / "bare.parquet")[0]) == list("0123")
 
 
+def test_different_photos_of_one_name_keep_their_own_captions(detector, tmp_path):
+    """Check paths that have lost their folders, as `datasets` writes them, beside better names; and
+    a name that comes again late, with another photo or with the same.
+    """
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as parquet
+
+    def found_in(name, paths, numbers=range(4), **columns):
+        photos = [{"bytes": photo(n), "path": path} for n, path in zip(numbers, paths, strict=True)]
+        texts = [f"text {n}" for n in range(len(paths))]
+        table = pyarrow.table({"image": photos, "text": texts, **columns})
+        parquet.write_table(table, tmp_path / f"{name}.parquet")
+        return extract(detector, tmp_path / name, tmp_path / f"{name}.parquet", max_dropped=1.0)
+
+    found, _ = found_in("lost", ["main.jpg"] * 4)
+    assert found == {str(n): (60 + n, [f"text {n}"]) for n in range(4)}
+    names = [f"{n}/main.jpg" for n in range(4)]
+    found, _ = found_in("named", ["main.jpg"] * 4, file_name=names)
+    assert found == {names[n]: (60 + n, [f"text {n}"]) for n in range(4)}
+
+    late = [*(f"{n}.jpg" for n in range(64)), "0.jpg", "1.jpg"]
+    found, manifest = found_in("late", late, [*(n % 5 for n in range(64)), 3, 1])
+    assert found["0.jpg"] == (60, ["text 0"]), "another photo of that name has other captions"
+    assert found["1.jpg"] == (61, ["text 1", "text 65"]), "the same photo"
+    assert manifest["dropped"] == {
+        "image id seen before in its source": 1,
+        "image id seen before in its source, its captions kept with the first": 1,
+    }
+
+
+def test_captions_in_json_members_are_read_or_counted(detector, tmp_path):
+    pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")
+    import pyarrow.parquet as parquet
+
+    members = {"0.json": b'["a", "b"]', "1.json": b"{damaged", "2.json": b'{"caption": "c"}'}
+    tar_of(tmp_path / "x.tar", {**{f"{n}.jpg": photo(n) for n in range(3)}, **members})
+    found, manifest = extract(detector, tmp_path / "tar", tmp_path / "x.tar", max_dropped=1.0)
+    assert found == {"0": (60, ["a", "b"]), "2": (62, ["c"])}
+    assert manifest["dropped"] == {"its json is damaged": 1}
+
+    rows = {"jpg": [photo(0), photo(1)], "json": [{"caption": "a"}, {"caption": "b"}]}
+    parquet.write_table(pyarrow.table({**rows, "__key__": ["k0", "k1"]}), tmp_path / "y.parquet")
+    found, _ = extract(detector, tmp_path / "parquet", tmp_path / "y.parquet")
+    assert found == {"k0": (60, ["a"]), "k1": (61, ["b"])}
+
+
 def test_captions_are_read_from_such_files_alone(detector, tmp_path):
     """Check photos in a folder whose captions are in Parquet or tar files."""
     pyarrow = pytest.importorskip("pyarrow", reason="pyarrow is not installed")

@@ -47,8 +47,10 @@ def nearest_images(
         stop = min(start + IMAGES_OF_TILE, len(means))
         # the rows' own squares do not affect the order
         distance = squares[start:stop] - 2 * own @ means[start:stop].T
-        themselves = torch.arange(max(start, rows.start), min(stop, rows.stop))
-        distance[themselves - rows.start, themselves - start] = torch.inf
+        first, last = max(start, rows.start), min(stop, rows.stop)
+        if first < last:  # images are not neighbours of themselves
+            itself = distance[first - rows.start : last - rows.start, first - start : last - start]
+            itself.fill_diagonal_(torch.inf)
 
         numbers = torch.arange(start, stop, device=means.device).expand(len(rows), -1)
         nearest = torch.cat([nearest, distance], dim=1)

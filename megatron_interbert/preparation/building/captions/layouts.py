@@ -194,6 +194,7 @@ def _of_images(value: dict[str, Any]) -> Structure:
 
     inner = [part for part in first if isinstance(part, Mapping)]
     by_split = len(inner) == len(value) <= MOST_SPLITS
+    fields += sum(is_field(name) for part in inner for name in part)
     if not fields and by_split and any(_are_captions(p) for part in inner for p in part.values()):
         words = f"names of images, each with its captions, in {', '.join(map(repr, value))}"
         return Structure("json-dict", words, lambda: _dictionaries(value))

@@ -2,10 +2,12 @@
 
 import base64
 import binascii
+import itertools
 import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +31,7 @@ OTHERS = (  # endings of files that lie beside photos and need not be looked int
 FIRST_BYTES = re.compile(
     rb"\xff\xd8\xff|\x89PNG\r\n|RIFF....WEBP|GIF8[79]a|BM.{8}|II\*\0|MM\0\*|....ftypavif", re.DOTALL
 )
+FIRST_PHOTOS = 64  # that tell whether names tell photos apart
 NO_PHOTO = "no photo in the record"
 
 
@@ -121,11 +124,26 @@ def image_ids(names: Sequence[str]) -> dict[str, str]:
 class ContainerPhotos:
     """Provide the photos in a Parquet, Arrow or tar file, with their captions.
 
-    The id of an image is the most reliable name in its record, else its number in the file.
+    The id of an image is the most reliable name in its record, else its number in the file; that of
+    all, if several of the first photos have one name.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
+
+    @cached_property
+    def by_number(self) -> bool:
+        """Check whether different ones of the first photos have one name, as those do whose paths
+        have lost their folders.
+        """
+        seen: dict[str, bytes] = {}
+        first = (photo for unit in self.units(FIRST_PHOTOS)[:1] for photo in self._read(unit))
+
+        return any(
+            seen.setdefault(photo.image_id, photo.data) != photo.data
+            for photo in itertools.islice(first, FIRST_PHOTOS)
+            if isinstance(photo, Photo)
+        )
 
     def units(self, photos_per_unit: int) -> list[Any]:
         """List the parts of the file."""
@@ -133,8 +151,11 @@ class ContainerPhotos:
 
     def photos(self, unit: Any) -> Iterator[Photo | Dropped]:
         """Yield the photos of a part."""
+        yield from self._read(unit, self.by_number)
+
+    def _read(self, unit: Any, by_number: bool = False) -> Iterator[Photo | Dropped]:
         for place, record in containers.records(self.path, unit):
-            yield photo_of_record(record, place, f"{self.path}: {place}")
+            yield photo_of_record(record, place, f"{self.path}: {place}", by_number)
 
 
 class TablePhotos:
@@ -226,11 +247,16 @@ def lines_of_range(path: Path, unit: list[int]) -> Iterator[tuple[int, bytes]]:
                 yield place, line
 
 
-def photo_of_record(record: dict[str, Any], place: str, where: str) -> Photo | Dropped:
-    """Return the photo in a record with its names and captions; Dropped if there is none."""
+def photo_of_record(
+    record: dict[str, Any], place: str, where: str, by_number: bool = False
+) -> Photo | Dropped:
+    """Return the photo in a record with its name, or its place if asked, and its captions; Dropped
+    if there is none.
+    """
     data = photo_bytes(record)
     found = read_record(record)
-    image_id = found.images[0][0] if found.images else place.removeprefix("row ")
+    named = found.images and not by_number
+    image_id = found.images[0][0] if named else place.removeprefix("row ")
     if containers.DAMAGED in record:
         what = f"its {record[containers.DAMAGED]} is damaged"
         return Dropped(where, image_id, what, "so its captions are unknown")
