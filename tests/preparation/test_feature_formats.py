@@ -21,7 +21,7 @@ from tests.preparation.formats import (
     tensorpack_lmdb,
     write_lmdb,
 )
-from tests.preparation.reading_features import built, check, refusal
+from tests.preparation.reading_features import built, check, opened, refusal
 from tests.shared import SHARED, needs_shared
 
 FIELD = SHARED / "data" / "field"
@@ -352,6 +352,19 @@ def test_rows_of_text_in_pickles(tmp_path, images):
 
     path = write_lmdb(tmp_path / "x.lmdb", rows)
     check(built(path, tmp_path / "store")[0], images)
+
+
+def test_boxes_of_kdd_cup_are_asked_for(tmp_path, images):
+    header = "product_id\timage_h\timage_w\tnum_boxes\tboxes\tfeatures\tclass_labels\n"
+    lines = [header]
+    for image in images:
+        values = bottom_up_line(image, classes=True).strip().split("\t")[:7]
+        lines.append("\t".join([values[0], values[2], values[1], *values[3:]]) + "\n")
+
+    (tmp_path / "kdd.tsv").write_text("".join(lines))
+    assert "give --box-format yxyx" in opened(tmp_path / "kdd.tsv").how()
+    assert "yxyx)" in (said := opened(tmp_path / "kdd.tsv", box_format="yxyx").how())
+    assert "--box-format" not in said
 
 
 def test_sizes_go_by_file_name_before_number(tmp_path, images):

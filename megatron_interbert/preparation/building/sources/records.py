@@ -41,6 +41,7 @@ from megatron_interbert.preparation.building.sources.values import (
 )
 
 LOOKED_AT = 20  # records that decide how a source is read
+KDD = {"product_id", "class_labels"}  # fields that no other data set has
 TRIED = 100  # first records, one of which must be good
 
 
@@ -135,6 +136,9 @@ class RecordSource(ABC):
             else:
                 dense = np.shape(fields.values.get("class_probs", ()))[-1:]
                 width = regions.features.shape[1]
+                spellings = {name.lower() for name in fields.spelled.values()}
+                if spellings >= KDD and self.options.box_format == "xyxy":
+                    fields.notes.append("KDD Cup 2020 has other boxes: give --box-format yxyx")
                 if self.floats != FLOAT32:
                     fields.notes.append(f"features written as {self.floats}")
                 return Look(shares, width, labels, fields, dense, regions.size)
