@@ -197,6 +197,14 @@ def test_lines_count_where_addresses_name_few_images(tmp_path):
     assert left_out == {"no image of that name": 1}
 
 
+def test_lines_count_alike_beside_long_and_short_addresses(tmp_path):
+    urls = ["http://a/1.jpg", "http://a/holiday-photo.jpg", "http://a/00000000.jpg", "http://a/b"]
+    records = [{"url": url, "caption": f"line {n}"} for n, url in enumerate(urls)]
+    found, left_out = built_with(tmp_path, ["0", "1", "2", "3"], records)
+    assert found == {str(n): [f"line {n}"] for n in range(4)}
+    assert left_out == {}
+
+
 def test_two_captions_of_one_loose_name_are_not_of_one_image(tmp_path):
     check(
         tmp_path,

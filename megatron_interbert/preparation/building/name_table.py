@@ -56,7 +56,7 @@ class NameTable:
         self.purpose = purpose
 
     def fill(self, connection: sqlite3.Connection, targets: Iterable[Sequence[str]]) -> None:
-        """Write the names of the targets, each with its most reliable name first."""
+        """Write the names of the targets, each with its most reliable name first; "" is none."""
         connection.executescript(SCHEMA.format(self.purpose))
         names: list[tuple[int, int, int, str, bool]] = []
         keys: list[tuple[str, int]] = []
@@ -65,6 +65,8 @@ class NameTable:
         for target, of_target in enumerate(targets):
             coco = ImageName(of_target[0]).is_coco
             for place, text in enumerate(dict.fromkeys(of_target)):
+                if not text:
+                    continue
                 names.append((number, target, place, text, coco))
                 keys += [(key, number) for key in ImageName(text).own_keys]
                 number += 1

@@ -39,8 +39,8 @@ LOOKED_AT = 1000  # records by which it is judged whether images are named, and 
 
 @dataclass
 class Caption:
-    """Hold a caption, and the names that its record gives to the image, most reliable first, with
-    the fields that they are from.
+    """Hold a caption, and the names that its record gives to the image, most reliable first ("" for
+    none), with the fields that they are from.
     """
 
     names: list[str]
@@ -164,15 +164,14 @@ def _names_of_line(number: int, address: str) -> list[str]:
     """Return the names of an image of which only the address is known.
 
     Downloaders name files by line number and checksum of the address, or by line number; others by
-    the file name in the address.
+    the file name in the address, if that tells images apart.
     """
     if not address:
         return [str(number)]
 
     checksum = zlib.crc32(address.encode("utf-8", "surrogateescape"))
-    telling = [address] if is_telling(address) else []
 
-    return [f"{number}_{checksum}", *telling, str(number)]
+    return [f"{number}_{checksum}", address if is_telling(address) else "", str(number)]
 
 
 def _checked(
