@@ -80,6 +80,7 @@ class TableFolder:
         self._done: set[int] = set()
         self._damaged: set[int] = set()
         self._lock: int | None = None
+        self._assembled = own_name(self.path / ASSEMBLED)
 
     def __enter__(self) -> "TableFolder":
         return self
@@ -196,7 +197,6 @@ class TableFolder:
             "shape": (self.rows, self.width),
         }
 
-        self._assembled = own_name(self.path / ASSEMBLED)
         with new_file(self._assembled) as handle:
             np.lib.format.write_array_header_1_0(handle, header)
             for number in range(self.blocks):

@@ -19,8 +19,8 @@ from megatron_interbert.preparation.building.captions.fields import (
 from megatron_interbert.preparation.building.captions.languages import TAG, guess_language
 from megatron_interbert.preparation.building.captions.layouts import whole_json
 from megatron_interbert.preparation.building.captions.tables import table
-from megatron_interbert.preparation.building.captions.text_file import clean_caption, read_lines
-from megatron_interbert.preparation.building.captions.texts import Text
+from megatron_interbert.preparation.building.captions.text_file import read_lines
+from megatron_interbert.preparation.building.captions.texts import Text, clean_caption
 from megatron_interbert.preparation.building.captions.wrapping import (
     TOKEN_LINE,
     Placed,

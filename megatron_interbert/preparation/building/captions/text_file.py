@@ -5,9 +5,7 @@ Other encodings are refused with the command that converts them.
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
-
-import numpy as np
+from typing import TextIO
 
 from megatron_interbert.encodings import SAMPLE, guess_encoding, how_to_convert
 from megatron_interbert.errors import UsageError
@@ -76,20 +74,3 @@ def read_lines(path: str | Path) -> Iterator[tuple[int, str]]:
             line = line.rstrip("\r\n")
             if line.strip():
                 yield number, line
-
-
-def clean_caption(text: str) -> str:
-    """Return a caption on one line, with single spaces, and with `?` for what is no character."""
-    line = " ".join(text.replace("\0", " ").split())
-    return line.encode("utf-8", "replace").decode("utf-8")
-
-
-def clean_captions(value: Any) -> list[str]:
-    """Return the captions in a field of a record: text, bytes or a list of them; [] for others."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-
-    texts = list(value) if isinstance(value, list | tuple) else [value]
-    texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
-
-    return [clean_caption(text) for text in texts if isinstance(text, str) and text.strip()]

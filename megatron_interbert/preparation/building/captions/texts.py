@@ -12,6 +12,8 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from megatron_interbert.preparation.building.captions.languages import is_language
 
 # Fields with captions: the first row of which a record has any is read, and its first field.
@@ -168,3 +170,20 @@ def out_of_cell(value: Any) -> Any:
             return ast.literal_eval(value)
 
     return value
+
+
+def clean_caption(text: str) -> str:
+    """Return a caption on one line, with single spaces, and with `?` for what is no character."""
+    line = " ".join(text.replace("\0", " ").split())
+    return line.encode("utf-8", "replace").decode("utf-8")
+
+
+def clean_captions(value: Any) -> list[str]:
+    """Return the captions in a field of a record: text, bytes or a list of them; [] for others."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+
+    texts = list(value) if isinstance(value, list | tuple) else [value]
+    texts = [text.decode("utf-8", "replace") if isinstance(text, bytes) else text for text in texts]
+
+    return [clean_caption(text) for text in texts if isinstance(text, str) and text.strip()]

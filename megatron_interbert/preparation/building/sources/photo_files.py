@@ -17,8 +17,7 @@ from megatron_interbert.preparation.building import containers
 from megatron_interbert.preparation.building.captions.fields import read_record
 from megatron_interbert.preparation.building.captions.reading import REJECTED, language_of
 from megatron_interbert.preparation.building.captions.tables import photo_table
-from megatron_interbert.preparation.building.captions.text_file import clean_caption
-from megatron_interbert.preparation.building.captions.texts import plain
+from megatron_interbert.preparation.building.captions.texts import clean_caption, plain
 from megatron_interbert.preparation.building.sources.base import Dropped
 from megatron_interbert.preparation.building.sources.decoding import Photo
 from megatron_interbert.reading import open_regular

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.preparation.building.captions.text_file import clean_captions
+from megatron_interbert.preparation.building.captions.texts import clean_captions
 from megatron_interbert.preparation.building.sources import boxes as box_kinds
 from megatron_interbert.preparation.building.sources.encoded import (
     FLOAT32,
