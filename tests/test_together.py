@@ -39,23 +39,19 @@ def error_line(err):
 # They cannot meet, or do not agree.
 
 
-def test_what_keeps_ranks_apart_is_said_in_one_line(store):
+@pytest.fixture(scope="module", autouse=True)
+def lonely_ranks(store):
+    """Start two ranks whose partners never come, of which the last test of this file hears: they
+    give up after two minutes, in which the others run.
+    """
     flags = ("--data-path", store, *TINY, "--train-iters", 2)
-    alone = start_ranks(flags, world_size=2)  # the other one never starts
-    nobody = start_ranks(flags, world_size=2, first=1)  # rank 0 never starts
+    zero = start_ranks(flags, world_size=2)
+    one = start_ranks(flags, world_size=2, first=1)
+    yield zero, one
 
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        port_taken = start_ranks(flags, world_size=2, port=taken.getsockname()[1])
-        cases = {
-            "of 2 ranks 1 have not come to 127.0.0.1": ends(alone),
-            "rank 1 on n1 has not reached rank 0 at 127.0.0.1": ends(nobody),
-            "rank 0 on n0 cannot listen at 127.0.0.1": ends(port_taken),
-        }
-
-    for message, [(code, out, err)] in cases.items():
-        assert code == 2, out + err
-        assert message in error_line(err)
-        assert "Traceback" not in err
+    for process in (*zero, *one):
+        if process.poll() is None:
+            process.kill()
 
 
 def test_ranks_that_do_not_fit_together_do_not_start(store, tmp_path):
@@ -407,6 +403,24 @@ def test_a_killed_rank_takes_the_other_with_it(running, rank):
     who = "rank 1 on n1" if rank else "rank 0"
     killed = rf"{who} \(pid {ranks[rank].pid}\) was killed by SIGKILL \(memory ran out\?\)"
     assert re.search(killed, err), err
+
+
+def test_what_keeps_ranks_apart_is_said_in_one_line(store, lonely_ranks):
+    zero, one = lonely_ranks
+    flags = ("--data-path", store, *TINY, "--train-iters", 2)
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port_taken = start_ranks(flags, world_size=2, port=taken.getsockname()[1])
+        cases = {
+            "rank 0 on n0 cannot listen at 127.0.0.1": ends(port_taken),
+            "of 2 ranks 1 have not come to 127.0.0.1": ends(zero),
+            "rank 1 on n1 has not reached rank 0 at 127.0.0.1": ends(one),
+        }
+
+    for message, [(code, out, err)] in cases.items():
+        assert code == 2, out + err
+        assert message in error_line(err)
+        assert "Traceback" not in err
 
 
 def dead(pid):

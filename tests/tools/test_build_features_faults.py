@@ -310,11 +310,11 @@ def test_killed_at_any_moment_the_same_command_goes_on():
 
 
 def test_mutated_inputs_end_in_clear_errors():
-    """Try 1000 files of ten kinds; for more, `python -m tests.campaigns.fuzzing --cases 20000`."""
+    """Try 550 files of all kinds; for more, `python -m tests.campaigns.fuzzing --cases 20000`."""
     command = (sys.executable, "-m", "tests.campaigns.fuzzing")
-    code, out, err = launch(*command, "--cases", 1000, "--seed", 0)
+    code, out, err = launch(*command, "--cases", 550, "--seed", 0)
     assert code == 0, out + err
-    assert "1000 mutated inputs: no crash, no hang, nothing half-written" in out
+    assert "550 mutated inputs: no crash, no hang, nothing half-written" in out
     assert "without words" not in out
     for kind in KINDS:
         assert f"{kind} used" in out, "too much damage tests nothing but the front door"
