@@ -154,8 +154,8 @@ def detector_of(sources: list[FeatureSource], options: Options) -> dict[str, Any
     for other in known:
         if other != known[0] and not options.allow_other_detector:
             raise UsageError(
-                f"stores of different detectors, {_words(known[0])} and {_words(other)}; if their"
-                " features are of one size and you want them all, add --allow-other-detector"
+                f"stores of different detectors, {in_words(known[0])} and {in_words(other)}; if"
+                " their features are of one size and you want them all, add --allow-other-detector"
             )
 
     if known and (options.detector or options.detector_revision):
@@ -172,8 +172,8 @@ def detector_of(sources: list[FeatureSource], options: Options) -> dict[str, Any
     return {**known[0], **({"joined_with": others} if others else {})}
 
 
-def _words(detector: dict[str, Any]) -> str:
-    """Return what a detector's record says, as text: `name (revision ..)`."""
+def in_words(detector: dict[str, Any]) -> str:
+    """Describe a detector as `name (revision ..)`."""
     others = [f"{name} {value}" for name, value in detector.items() if name != "name" and value]
     return str(detector.get("name")) + (f" ({', '.join(others)})" if others else "")
 

@@ -72,7 +72,7 @@ def type_problem(dataset: h5d.DatasetID) -> str:
     if kind.committed():
         return "has a type that is stored elsewhere in the file (committed)"
     if kind.get_class() == h5t.VLEN:
-        return "holds rows of different lengths (nocaps' features do); write them as npz files"
+        return "holds rows of different lengths, as nocaps' features do, which are not read"
     if kind.get_class() not in KINDS:
         return "holds neither numbers nor texts"
     return ""

@@ -148,8 +148,8 @@ def are_different_images(names: Iterable[str], kind: int) -> bool:
     """Check whether names that share a key of some kind mean more than one image.
 
     They do if they have different endings. FOLDER and NUMBER: also if they are not all ends of one
-    path, for COCO's names are unique without it. NUMBER: also if they are spelt in different ways,
-    as Visual Genome's `9` and COCO's `COCO_train2014_000000000009`.
+    path (COCO's names are unique without folders). NUMBER: also if they are spelt in different
+    ways, as Visual Genome's `9` and COCO's `COCO_train2014_000000000009`.
     """
     first = longest = ImageName("")
     ending = ""

@@ -347,8 +347,11 @@ FILES = {
         [("1.jpg", "a brown dog", "en")],
     ),
     "VL-BERT's captions in words": (
-        ({"image": "1.jpg", "caption": ["a", "dog", "'s", "bed", "."]},),
-        [("1.jpg", "a dog 's bed .", "en")],
+        (
+            {"image": "1.jpg", "caption": ["a", "dog", "'s", "bed", "."]},
+            {"image": "2.jpg", "caption": ["two", "men,", "talking"]},
+        ),
+        [("1.jpg", "a dog 's bed .", "en"), ("2.jpg", "two men, talking", "en")],
     ),
     "lists as Python writes them": (
         """image,captions\n1.jpg,"['a dog', 'two dogs']"\n2.jpg,"['it\\'s a cat']"\n""",

@@ -19,9 +19,9 @@ from megatron_interbert.errors import UsageError, imports_of
 ENDINGS = (".parquet", ".arrow", ".tar")
 BATCH = 64  # rows of Parquet in memory at a time
 TEXT_MEMBERS = ("txt", "caption", "text")
-DAMAGED = "damaged member"  # field of a record: the extension of a member that cannot be read
 GZIP = b"\x1f\x8b"
-Placed = tuple[str, dict[str, Any]]  # place in the file, record
+# place in the file, record or what is wrong with it
+Placed = tuple[str, dict[str, Any] | str]
 
 
 def is_container(path: str | Path) -> bool:
@@ -206,15 +206,16 @@ class _Tar:
         with open(path, "rb") as handle:
             for key, members in part:
                 record: dict[str, Any] = {"__key__": key}
+                problem = ""
                 for extension, offset, size in members:
                     is_text = extension.rpartition(".")[2] in ("json", *TEXT_MEMBERS)
                     if photos or is_text:
                         handle.seek(offset)
-                        record |= _member(extension, handle.read(size))
-                if DAMAGED in record and not photos:
-                    yield key, f"its {record[DAMAGED]} is damaged"
-                else:
-                    yield key, record
+                        try:
+                            record |= _member(extension, handle.read(size))
+                        except (ValueError, RecursionError):
+                            problem = f"its {extension} is damaged"
+                yield key, problem or record
 
 
 def _by_key(
@@ -245,13 +246,10 @@ def _by_key(
 
 def _member(extension: str, data: bytes) -> dict[str, Any]:
     """Return the fields of a member: those of an object in JSON, captions in a list, a text, or
-    bytes; also of JSON that is damaged.
+    bytes.
     """
     if extension == "json":
-        try:
-            value = json.loads(data)
-        except (ValueError, RecursionError):
-            return {DAMAGED: "json"}
+        value = json.loads(data)
         return value if isinstance(value, dict) else {"captions": value}
     if extension.rpartition(".")[2] in TEXT_MEMBERS:
         return {"txt": data.decode("utf-8", "surrogateescape")}

@@ -188,8 +188,8 @@ def key_hash(key: str) -> int:
 
 @dataclass
 class Pairs:
-    """Hold which targets mean which images, all int64 [pairs]; bool [pairs], whether only them, and
-    whether by names that are hardly equal by accident.
+    """Hold which targets mean which images, all int64 [pairs]; and, bool [pairs], whether a target
+    means only that image, and whether by a name that is unlikely to be another's too.
     """
 
     image: np.ndarray
@@ -217,15 +217,15 @@ class Pairs:
         return self.those(self.rank == _least(self.image, self.rank)[self.image])
 
     def by_one_name(self, kinds: np.ndarray) -> "Pairs":
-        """Return the pairs by those names that count for the targets of each of the `kinds`, int64
-        [targets]: the most reliable ones, unless others mean far more images.
+        """Return the pairs by the one name that counts for the targets of each kind: the most
+        reliable one, unless another means far more images; `kinds` are int64 [targets].
         """
         kind = kinds[self.target]
         best = np.zeros(int(kinds.max(initial=-1)) + 1, np.int64)
 
         for number in np.unique(kind).tolist():
             of_kind = self.those((kind == number) & self.allowed)
-            if of_kind.surely.any():  # accidents count no more
+            if of_kind.surely.any():  # then the others may be accidents
                 of_kind = of_kind.those(of_kind.surely)
             most = 0
             for place in np.unique(of_kind.place).tolist():

@@ -138,7 +138,7 @@ def _first_column(
     which some repeat, as images with several captions do, or else the first.
     """
     free = [number for number, field in enumerate(fields) if not field]
-    if any(_are_words_for_images(columns[number]) for number in free):
+    if any(_are_names(columns[number]) for number in free):
         free = [number for number in free if not _counts_rows(columns[number])]
 
     for rule in rules:
@@ -166,7 +166,7 @@ def _counts_rows(cells: Sequence[str]) -> bool:
     )
 
 
-def _are_words_for_images(cells: Sequence[str]) -> bool:
+def _are_names(cells: Sequence[str]) -> bool:
     """Check whether a column holds names that are no numbers, and that do not come again later, as
     categories do.
     """

@@ -103,8 +103,10 @@ def _has_texts(records: Any) -> bool:
 def _name_images(records: list[Any]) -> bool:
     """Check whether records name their images: by themselves, or by addresses that differ."""
     found = [read_record(record) for record in records[:LOOKED_AT] if isinstance(record, Mapping)]
-    addresses = {record.address for record in found} - {""}
-    return any(record.images for record in found) or len(addresses) > (len(found) > 1)
+    addresses = [record.address for record in found if record.address]
+    differ = len(set(addresses)) > 1 or len(found) == len(addresses) == 1
+
+    return any(record.images for record in found) or differ
 
 
 def _of_list(value: list[Any]) -> Structure:
@@ -184,18 +186,18 @@ def _of_lists(value: dict[str, Any]) -> Structure | None:
 
 def _of_images(value: dict[str, Any]) -> Structure:
     """Find captions in an object whose names are those of images, perhaps in one for each split."""
-    fields = sum(map(is_field, value))
+    known = sum(map(is_field, value))
     first = list(itertools.islice(value.values(), LOOKED_AT))
 
-    if fields <= MOST_FIELDS * len(value) and any(map(_are_captions, first)):
+    if known <= MOST_FIELDS * len(value) and any(map(_are_captions, first)):
         return Structure(
             "json-dict", "names of images, each with its captions", lambda: _dictionary(value)
         )
 
     inner = [part for part in first if isinstance(part, Mapping)]
-    by_split = len(inner) == len(value) <= MOST_SPLITS
-    fields += sum(is_field(name) for part in inner for name in part)
-    if not fields and by_split and any(_are_captions(p) for part in inner for p in part.values()):
+    names = [*value, *(name for part in inner for name in part)]
+    by_split = len(inner) == len(value) <= MOST_SPLITS and not any(map(is_field, names))
+    if by_split and any(_are_captions(p) for part in inner for p in part.values()):
         words = f"names of images, each with its captions, in {', '.join(map(repr, value))}"
         return Structure("json-dict", words, lambda: _dictionaries(value))
 

@@ -39,7 +39,7 @@ LANGUAGES = ("lang", "language", "locale", "caption_language", "language_code", 
 SEVERAL = re.compile(r"^(?:caption|text|sentence|comment|description)s?_?(\d+|[a-z]{2,3})$")
 QUESTIONS = re.compile("qa|question")  # parts of a record that are no captions (LXMERT)
 NOTHING = frozenset(("", r"\N", "NULL", "null", "nan", "NaN", "None", "<NA>"))  # of Hive, pandas
-TOKEN = re.compile(r"^(?:[A-Za-z0-9'’-]+|[.,!?;:\"()])$")
+TOKEN = re.compile(r"^(?:[A-Za-z0-9'’-]+[.,!?;:]?|[.,!?;:\"()])$")
 FEW_TOKENS = 3
 JOINED = "&&"  # between the captions of OFA
 

@@ -154,7 +154,11 @@ class ContainerPhotos:
 
     def _read(self, unit: Any, by_number: bool = False) -> Iterator[Photo | Dropped]:
         for place, record in containers.records(self.path, unit):
-            yield photo_of_record(record, place, f"{self.path}: {place}", by_number)
+            where = f"{self.path}: {place}"
+            if isinstance(record, str):
+                yield Dropped(where, place, record, "so its captions are unknown")
+            else:
+                yield photo_of_record(record, place, where, by_number)
 
 
 class TablePhotos:
@@ -256,9 +260,6 @@ def photo_of_record(
     found = read_record(record)
     named = found.images and not by_number
     image_id = found.images[0][0] if named else place.removeprefix("row ")
-    if containers.DAMAGED in record:
-        what = f"its {record[containers.DAMAGED]} is damaged"
-        return Dropped(where, image_id, what, "so its captions are unknown")
     if data is None:
         return Dropped(where, image_id, NO_PHOTO, ", ".join(map(str, record))[:200])
 
