@@ -53,9 +53,10 @@ from megatron_interbert.training.deepspeed_config import (
     read_deepspeed_config,
 )
 from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.memory import predict
 from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of
-from megatron_interbert.training.model_plan import plan_model
+from megatron_interbert.training.model_plan import build_model, plan_model
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.resume import check_same_model, newest_manifest
 from megatron_interbert.training.run import random_streams
@@ -298,7 +299,8 @@ def check_step(config: PreflightConfig) -> str:
     if not samples:
         return f"not tried: the whole model does not fit one GPU; {memory}"
 
-    engine = Engine(plan.with_first_weights(streams).to(device), alone, state)
+    engine = Engine(build_model(plan, alone, streams, device), alone, state)
+    FragmentedState(engine).fill_weights(plan.first_weights)
     streams.start_step(1)
     figures, norm = one_step(engine, job, trial.batch(samples), alone, device)
 

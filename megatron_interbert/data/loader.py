@@ -281,7 +281,9 @@ class BatchStream:
         )
 
     def __iter__(self) -> Iterator[PackedBatch]:
-        batches = self._from_processes() if self.workers else self._here()
+        started = self._start_processes()
+        batches = self._from_processes(started) if started else self._here()
+
         return pinned_ahead(batches) if self.pin_memory else batches
 
     def _pairs(self) -> Iterator[list[tuple[int, int]]]:
@@ -295,20 +297,28 @@ class BatchStream:
             except UsageError as error:
                 raise local(error) from None
 
-    def _from_processes(self) -> Iterator[PackedBatch]:
-        config = self.dataset.config
+    def _start_processes(self) -> list[LoaderProcess]:
+        """Start the loader processes, if any.
+
+        As forks they keep in memory what this process holds now, even after it has overwritten it:
+        start them before a model exists.
+        """
         # the processes are the parallelism; the tokeniser would warn of a fork after its threads
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         processes: list[LoaderProcess] = []
 
-        try:
-            for number in range(self.workers):
-                processes.append(
-                    LoaderProcess(
-                        number, self.dataset, config.worker_start, [p.connection for p in processes]
-                    )
-                )
+        for number in range(self.workers):
+            others = [process.connection for process in processes]
+            processes.append(
+                LoaderProcess(number, self.dataset, self.dataset.config.worker_start, others)
+            )
 
+        return processes
+
+    def _from_processes(self, processes: list[LoaderProcess]) -> Iterator[PackedBatch]:
+        config = self.dataset.config
+
+        try:
             pairs = self._pairs()
             turn = 0
             for _ in range(SLOTS - 1):

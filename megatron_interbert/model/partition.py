@@ -4,8 +4,10 @@ The norm tags that DeepSpeed reads, converters, initialisation and tests all use
 QKV is head-major, so a plain slice of its rows holds whole heads and needs no kind of its own.
 """
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -61,6 +63,146 @@ def full_shape(name: str, shape: Sequence[int], ranks: int) -> list[int]:
     """Return the shape of the full parameter from the shape of one slice."""
     dimension = partition_dimension(name)
     return [size * ranks if axis == dimension else size for axis, size in enumerate(shape)]
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Locate `count` runs of `length` elements each in a flattened parameter; the first begins at
+    `start`, each next one `stride` elements later.
+    """
+
+    start: int
+    length: int
+    count: int = 1
+    stride: int = 0
+
+    @property
+    def end(self) -> int:
+        """Return the index after the last element."""
+        return self.start + (self.count - 1) * self.stride + self.length
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the runs, one after another, of a flat tensor that holds the whole parameter; a
+        view if there is only one.
+        """
+        return self.within(flat[self.start : self.end])
+
+    def within(self, covering: torch.Tensor) -> torch.Tensor:
+        """Return the runs, one after another, of a contiguous flat tensor that begins at `start`
+        and ends at `end`.
+        """
+        if self.count == 1:
+            return covering
+        return covering.as_strided((self.count, self.length), (self.stride, 1)).reshape(-1)
+
+
+def joined(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Join flat tensors, without a copy if there is only one."""
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts)) if parts else torch.empty(0)
+
+
+def in_slices(
+    name: str, full: Sequence[int], ranks: int, start: int, length: int
+) -> list[tuple[int, int, int]]:
+    """Locate elements [start, start + length) of a flattened whole parameter of shape `full` in the
+    flattened slices of `ranks` ranks: (rank, start in its slice, length) of each part, in order.
+    """
+    cut = partition_dimension(name)
+    if cut is None or ranks == 1:
+        return [(0, start, length)]
+
+    columns = full[1] if cut == 1 else math.prod(full)  # elements between two equal places
+    width = columns // ranks
+    found = []
+
+    while length > 0:
+        row, column = divmod(start, columns)
+        rank, within = divmod(column, width)
+        part = min(width - within, length)
+        found.append((rank, row * width + within, part))
+        start += part
+        length -= part
+
+    return found
+
+
+@dataclass(frozen=True)
+class SliceRun:
+    """Locate elements [start, start + length) of the flattened slice, of `shape`, that rank `rank`
+    of `ranks` holds of a parameter.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rank: int
+    ranks: int
+    start: int
+    length: int
+
+    @property
+    def full_shape(self) -> list[int]:
+        """Return the shape of the whole parameter."""
+        return full_shape(self.name, self.shape, self.ranks)
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """Return the run's elements of a flat tensor that holds the whole parameter."""
+        return joined([runs.of(flat) for runs in self.in_full()])
+
+    def gather(self, read: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
+        """Return the run's elements by `read(start, length)`, which returns contiguous elements of
+        the flattened whole parameter.
+        """
+        return joined(
+            [
+                read(runs.start + number * runs.stride, runs.length)
+                for runs in self.in_full()
+                for number in range(runs.count)
+            ]
+        )
+
+    def split(self, most: int) -> "list[SliceRun]":
+        """Split the run into runs of at most `most` elements."""
+        return [
+            SliceRun(
+                self.name,
+                self.shape,
+                self.rank,
+                self.ranks,
+                self.start + first,
+                min(most, self.length - first),
+            )
+            for first in range(0, self.length, most)
+        ]
+
+    def in_full(self) -> list[Runs]:
+        """Locate the run's elements, in order, in the flattened whole parameter."""
+        cut = partition_dimension(self.name)
+        if cut is None or self.ranks == 1:
+            return [Runs(self.start, self.length)]
+        if cut == 0:
+            return [Runs(self.rank * math.prod(self.shape) + self.start, self.length)]
+
+        return self._in_columns()
+
+    def _in_columns(self) -> list[Runs]:
+        """Locate the run of a matrix whose columns are cut: part of a row, whole rows, part of a
+        row.
+        """
+        columns = self.shape[1]
+        stride = columns * self.ranks
+        position = self.start
+        end = self.start + self.length
+        found = []
+
+        while position < end:
+            row, column = divmod(position, columns)
+            whole_rows = (end - position) // columns if not column else 0
+            length = columns if whole_rows else min(columns - column, end - position)
+            first = row * stride + self.rank * columns + column
+            found.append(Runs(first, length, max(whole_rows, 1), stride))
+            position += length * max(whole_rows, 1)
+
+        return found
 
 
 def mark_shards(model: nn.Module) -> None:

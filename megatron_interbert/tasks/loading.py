@@ -16,7 +16,8 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable, file_sha256, sibling
 from megatron_interbert.kernels.choice import choose_kernels
-from megatron_interbert.model.initialise import load_full_state
+from megatron_interbert.model.construction import give_memory, on_meta
+from megatron_interbert.model.initialise import check_names, fill_model
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import fit_to_data
 from megatron_interbert.parallel.agreement import check_alike, together
@@ -68,12 +69,18 @@ def load_model(
         "files", {path.name: file_sha256(path) for path in weight_files(source.path)}
     )
     source.config.check_tensor_parallel(state.tensor_size)
-    model = InterBert(
-        source.config, heads, state=state, kernels=choose_kernels(kernels, device), **options
+    chosen = choose_kernels(kernels, device)
+    model = on_meta(lambda: InterBert(source.config, heads, state=state, kernels=chosen, **options))
+    names = check_names({n: e.shape for n, e in source.layouts.items()}, model, state, load)
+    model = give_memory(choose_precision(precision, device).convert(model), device)
+    fill_model(
+        model,
+        lambda run: run.gather(lambda start, length: source.read(run.name, start, length)),
+        state,
+        names,
     )
-    load_full_state(model, source.state(), state, load)
 
-    return choose_precision(precision, device).convert(model.to(device)).eval(), source
+    return model.eval(), source
 
 
 def check_photos(folder: str, state: ParallelState) -> None:

@@ -12,14 +12,33 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.ema import AveragedWeights
-from megatron_interbert.training.memory import BUCKET
-from megatron_interbert.training.optimizer import parameter_groups, set_learning_rate
+from megatron_interbert.training.memory import BUCKET, SUB_GROUP
+from megatron_interbert.training.optimizer import (
+    elements,
+    parameter_groups,
+    set_learning_rate,
+)
 from megatron_interbert.training.update import choose_update
 
 
 def half_precision_supported() -> bool:
     """Check whether the device computes in float16 (GPUs do, only some CPUs do)."""
     return deepspeed.get_accelerator().is_fp16_supported()
+
+
+def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module) -> dict[str, Any]:
+    """Return DeepSpeed's configuration for a model, whose parameters may be without memory.
+
+    Where the JSON is silent, buffers are smaller than DeepSpeed's own, which hold 500 M gradients
+    (2 GB in fp32) and convert 1 G of them at a time for the optimizer.
+    """
+    settings = merge(config, state.data_size)
+    zero = settings["zero_optimization"]
+    zero.setdefault("reduce_bucket_size", min(elements(model.parameters()), BUCKET))
+    if config.zero_stage == 3:
+        zero.setdefault("sub_group_size", SUB_GROUP)
+
+    return settings
 
 
 class Engine:
@@ -37,18 +56,13 @@ class Engine:
     ) -> None:
         self.config = config
         self.state = state
-        self.deepspeed_config = merge(config, state.data_size)
-        # DeepSpeed's own bucket holds 500 M gradients (2 GB in fp32), whatever the model's size.
-        values = sum(parameter.numel() for parameter in model.parameters())
-        self.deepspeed_config["zero_optimization"].setdefault(
-            "reduce_bucket_size", min(values, BUCKET)
-        )
+        self.deepspeed_config = engine_settings(config, state, model)
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         if config.fp16 and not half_precision_supported():
             raise UsageError("--fp16: this processor cannot compute in half precision; use --bf16")
 
-        groups = parameter_groups(model, config, pretrained)
+        groups = parameter_groups(model, config, pretrained, most=SUB_GROUP)
         self.update = choose_update(model, groups, config, state, self.deepspeed_config)
         device = next(model.parameters()).device
         self.deepspeed, *_ = deepspeed.initialize(

@@ -9,6 +9,7 @@ import torch
 
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.machines.watchdog import Watchdog
+from megatron_interbert.model.construction import give_memory
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.precision import Precision
@@ -98,7 +99,7 @@ class DownstreamEvaluation:
         device: torch.device,
         precision: Precision,
     ) -> None:
-        self.copy = precision.convert(copy.to(device))
+        self.copy = give_memory(precision.convert(copy), device)
         self.evaluate = evaluate
         self.state = state
         self.device = device

@@ -1,5 +1,7 @@
 """Load first weights (`--init-from`) in any format that `weights/sources.py` reads."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -7,24 +9,44 @@ import torch
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.corpus import check_detector
 from megatron_interbert.errors import UsageError
-from megatron_interbert.model.initialise import load_full_state
+from megatron_interbert.model.initialise import FirstWeights, check_names, fill_model
 from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.partition import SliceRun
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.weights.sources import open_weights, recognise
+from megatron_interbert.weights.sources import WeightSource, open_weights, recognise
 
 NEW_HEADS = ("choice_head.", "sentence_head.")  # of downstream tasks; pretrained weights lack them
 
 
-def load_initial_weights(
+@dataclass(frozen=True)
+class InitialWeights:
+    """Read the weights of --init-from where it has them, and draw the others."""
+
+    source: WeightSource
+    names: set[str]  # of the parameters that it has
+    first: FirstWeights
+
+    @property
+    def pretrained(self) -> set[str]:
+        """Return the parameters that came from BERT, which may train at a lower learning rate."""
+        return self.names if self.source.kind == "bert" else set()
+
+    def read(self, kind: str, run: SliceRun) -> torch.Tensor:
+        """Return a run of a parameter's weights ("weight"): [length]."""
+        if run.name not in self.names:
+            return self.first.read(kind, run)
+        return run.gather(lambda start, length: self.source.read(run.name, start, length))
+
+
+def open_initial_weights(
     model: InterBert,
-    config: ModelConfig,
+    first: FirstWeights,
     path: str,
     state: ParallelState,
     data: dict[str, Any] | None = None,
     allow_other_detector: bool = False,
-) -> set[str]:
-    """Load --init-from into a model and return the names of parameters that came from BERT, which
-    may train at a lower learning rate.
+) -> InitialWeights:
+    """Open --init-from for a model, whose parameters may be without memory; nothing is read yet.
 
     `data` holds the sha256 of the run's vocabulary and its detector; weights that name theirs must
     have been made with the same. Raises UsageError if they were not, or cannot be read.
@@ -33,7 +55,7 @@ def load_initial_weights(
 
     try:
         kind = recognise(path)
-        source = open_weights(path, kind, config if kind in ("official", "bert") else None)
+        source = open_weights(path, kind, first.config if kind in ("official", "bert") else None)
         if state.is_main:
             print(*source.notes, sep="\n", end="\n" * bool(source.notes), flush=True)
 
@@ -49,26 +71,44 @@ def load_initial_weights(
             f"for {path}, the region store has",
             allow_other_detector,
         )
-        full = source.state()
+        shapes = {name: entry.shape for name, entry in source.layouts.items()}
         if kind == "bert":
-            full = without_other_labels(full, model)
-        loaded = load_full_state(
-            model, full, state, path, partial=kind == "bert", may_lack=NEW_HEADS
-        )
+            shapes = without_other_labels(shapes, model)
+        names = check_names(shapes, model, state, path, partial=kind == "bert", may_lack=NEW_HEADS)
     except UsageError as error:
         raise UsageError(f"--init-from {error}") from error
 
-    return loaded if kind == "bert" else set()
+    return InitialWeights(source, names, first)
+
+
+def load_initial_weights(
+    model: InterBert,
+    config: ModelConfig,
+    path: str,
+    state: ParallelState,
+    data: dict[str, Any] | None = None,
+) -> set[str]:
+    """Load --init-from into a model that has its other weights already, and return the names of
+    parameters that came from BERT.
+    """
+    initial = open_initial_weights(model, FirstWeights(config, 0), path, state, data)
+
+    try:
+        fill_model(model, lambda run: initial.read("weight", run), state, initial.names)
+    except UsageError as error:
+        raise UsageError(f"--init-from {error}") from error
+
+    return initial.pretrained
 
 
 def without_other_labels(
-    full: dict[str, torch.Tensor], model: InterBert
-) -> dict[str, torch.Tensor]:
+    shapes: Mapping[str, Sequence[int]], model: InterBert
+) -> dict[str, Sequence[int]]:
     """Leave out the classifier of a BERT that was finetuned for another number of labels."""
     own = dict(model.named_parameters())
     return {
-        name: tensor
-        for name, tensor in full.items()
+        name: shape
+        for name, shape in shapes.items()
         if not name.startswith("sentence_head.output.")
-        or (name in own and len(own[name]) == len(tensor))
+        or (name in own and len(own[name]) == shape[0])
     }

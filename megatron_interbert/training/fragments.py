@@ -7,17 +7,25 @@ a run of some of them. This file is the only one that knows how DeepSpeed keeps 
 `fp32_partitioned_groups_flat` in stage 3).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from megatron_interbert.model.initialise import PART
+from megatron_interbert.model.partition import SliceRun
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.weights.reader import CheckpointReader
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class Source(Protocol):
+    """Read any run of a parameter: first weights, given ones, or a checkpoint."""
+
+    def read(self, kind: str, run: SliceRun) -> torch.Tensor:
+        """Return a run of a parameter's tensor of a kind (as in `KINDS`): [length]."""
 
 
 @dataclass
@@ -35,7 +43,7 @@ class Fragment:
 
     @property
     def length(self) -> int:
-        return self.tensors["weight"].numel()
+        return next(iter(self.tensors.values())).numel()
 
     def part(self, first: int, last: int) -> "Fragment":
         """Return the part of this run from element `first` up to, not including, `last`."""
@@ -58,22 +66,39 @@ class FragmentedState:
         self.adam = engine.update.optimizer
         self.names = {id(p): name for name, p in engine.model.named_parameters()}
 
-    def held(self) -> Iterator[Fragment]:
-        """Yield all fragments in this rank's memory; at stage 0 that is its whole slice."""
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Return the kinds of tensors that the run keeps."""
+        average = ("ema",) if self.engine.ema is not None else ()
+        return ("weight", *MOMENTS, *average)
+
+    def held(self, kinds: Sequence[str] | None = None) -> Iterator[Fragment]:
+        """Yield all fragments in this rank's memory, with their tensors of all or some kinds; at
+        stage 0 that is its whole slice.
+        """
+        for fragment in self._fragments(self.kinds if kinds is None else kinds):
+            if fragment.length:
+                yield fragment
+
+    def _fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+        """Yield this rank's fragment of each parameter, in the same order on all ranks; empty where
+        other ranks hold the parameter.
+        """
         for flat, runs in self._lines():
-            moments = self._moments(flat)
-            line = {
-                "weight": flat.detach().view(-1),
-                **{kind: moments[kind].view(-1) for kind in MOMENTS},
-            }
-            if self.engine.ema is not None:
-                line["ema"] = self.engine.ema.average_of(flat)
+            line = {kind: self._tensor(flat, kind) for kind in kinds}
             for parameter, shape, start, offset, length in runs:
-                if length:
-                    pieces = {
-                        kind: tensor[offset : offset + length] for kind, tensor in line.items()
-                    }
-                    yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
+                pieces = {kind: tensor[offset : offset + length] for kind, tensor in line.items()}
+                yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
+
+    def _tensor(self, flat: torch.Tensor, kind: str) -> torch.Tensor:
+        """Return what belongs to an fp32 tensor that Adam updates, flat: itself ("weight"), one of
+        its moments or its average.
+        """
+        if kind == "weight":
+            return flat.detach().view(-1)
+        if kind == "ema":
+            return self.engine.ema.average_of(flat)
+        return self._moments(flat)[kind].view(-1)
 
     def tensors(self) -> Iterator[torch.Tensor]:
         """Iterate over the fp32 tensors of this rank that Adam updates."""
@@ -81,15 +106,17 @@ class FragmentedState:
 
     def owned(self) -> Iterator[Fragment]:
         """Yield the fragments that this rank saves; over all ranks, each element appears once."""
-        for fragment in self.held():
-            if self.stage:
-                yield fragment
-                continue
+        return (f for f in map(self._own_part, self.held()) if f.length)
 
-            share = -(-fragment.length // self.state.data_size)
-            first, last = (min(share * (self.state.data_rank + i), fragment.length) for i in (0, 1))
-            if first < last:
-                yield fragment.part(first, last)
+    def _own_part(self, fragment: Fragment) -> Fragment:
+        """Return the part of a fragment that no other rank has: at stage 0 all ranks hold all."""
+        if self.stage:
+            return fragment
+
+        share = -(-fragment.length // self.state.data_size)
+        first, last = (min(share * (self.state.data_rank + i), fragment.length) for i in (0, 1))
+
+        return fragment.part(first, last)
 
     def _lines(
         self,
@@ -104,20 +131,7 @@ class FragmentedState:
             for flat, group in zip(
                 self.zero.single_partition_of_fp32_groups, self.zero.bit16_groups, strict=True
             ):
-                mapped = [(p, p._hp_mapping) for p in group if p._hp_mapping is not None]
-                yield (
-                    flat,
-                    [
-                        (
-                            p,
-                            p.shape,
-                            m.lp_fragment_address.start,
-                            m.hp_fragment_address.start,
-                            m.lp_fragment_address.numel,
-                        )
-                        for p, m in mapped
-                    ],
-                )
+                yield flat, [(p, p.shape, *mapped_run(p)) for p in group]
         else:
             for flat, group in zip(
                 self.zero.fp32_partitioned_groups_flat, self.zero.fp16_groups, strict=True
@@ -165,16 +179,27 @@ class FragmentedState:
         return values
 
     @torch.no_grad()
-    def fill(self, reader: CheckpointReader, scalars: dict[str, Any]) -> None:
-        """Load weights, moments and scalars from a checkpoint of any layout and precision."""
+    def fill_weights(self, source: Source) -> None:
+        """Fill in the weights to start from; moments and average do not exist yet."""
+        for fragment in self.held(["weight"]):
+            self._read_into(fragment, source)
+
+        self._refresh_model()
+
+    def _read_into(self, fragment: Fragment, source: Source) -> None:
+        place = (self.state.tensor_rank, self.state.tensor_size)
+        run = SliceRun(fragment.name, fragment.shape, *place, fragment.start, fragment.length)
+
+        for part in run.split(PART):
+            first = part.start - fragment.start
+            for kind, tensor in fragment.tensors.items():
+                tensor[first : first + part.length] = source.read(kind, part)
+
+    @torch.no_grad()
+    def fill(self, source: Source, scalars: dict[str, Any]) -> None:
+        """Fill in weights, moments and scalars from a checkpoint of any layout and precision."""
         for fragment in self.held():
-            for kind in fragment.tensors:
-                saved = kind if kind != "ema" or reader.has("ema") else "weight"
-                run = reader.get_run(
-                    *(fragment.name, saved, self.state.tensor_rank, self.state.tensor_size),
-                    *(fragment.shape, fragment.start, fragment.length),
-                )
-                fragment.tensors[kind].copy_(run)
+            self._read_into(fragment, source)
 
         for flat, _ in self._lines():
             self._moments(flat)["step"].fill_(scalars["adam_step"])
@@ -189,18 +214,13 @@ class FragmentedState:
         that every data-parallel rank holds whole (its tensor-parallel slice).
         """
         targets = dict(model.named_parameters())
-        flat = {
-            name: torch.zeros(p.numel(), dtype=torch.float32, device=p.device)
-            for name, p in targets.items()
-        }
 
-        for fragment in self.owned():
-            flat[fragment.name][fragment.start : fragment.start + fragment.length] = (
-                fragment.tensors[kind]
-            )
-
-        for name, parameter in targets.items():
-            parameter.copy_(self.state.sum_over_data(flat.pop(name)).view_as(parameter))
+        for fragment in map(self._own_part, self._fragments([kind])):
+            target = targets[fragment.name]
+            whole = torch.zeros(target.numel(), dtype=torch.float32, device=target.device)
+            own = fragment.tensors[kind]
+            whole[fragment.start : fragment.start + len(own)] = own
+            target.copy_(self.state.sum_over_data(whole).view_as(target))
 
     def _refresh_model(self) -> None:
         """Cast the fp32 weights to those the model computes with, as DeepSpeed does at the end of a
@@ -220,3 +240,16 @@ class FragmentedState:
                 low.copy_(flat)
 
             self.zero.checkpoint_event_epilogue()  # and gather them again with their new values
+
+
+def mapped_run(parameter: nn.Parameter) -> tuple[int, int, int]:
+    """Return (start in the parameter, offset in the fp32 tensor, length) of the run that this rank
+    holds at stages 1 and 2; the length is 0 if others hold the parameter.
+    """
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, 0, 0
+
+    held = mapping.lp_fragment_address
+
+    return held.start, mapping.hp_fragment_address.start, held.numel

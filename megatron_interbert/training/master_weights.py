@@ -19,7 +19,7 @@ class MasterWeights:
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         # Replicated parameters first: the gradient norm treats these and shards separately.
         self.followers = sorted(model.parameters(), key=is_sharded)
-        self.twins = [nn.Parameter(follower.detach()) for follower in self.followers]
+        self.twins = [nn.Parameter(follower.detach().float()) for follower in self.followers]
 
         for follower in self.followers:
             follower.data = follower.data.to(dtype)

@@ -16,7 +16,8 @@ from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.parallel.vocab_loss import CHUNK
 
-BUCKET = 500_000_000  # most gradients that are reduced at once
+BUCKET = 50_000_000  # most gradients that are reduced at once
+SUB_GROUP = 100_000_000  # about as many parameters are updated at once
 # bytes per parameter: of an fp32 value, and of its two Adam moments
 FP32 = 4
 ADAM = 8

@@ -186,7 +186,7 @@ def measure_rates(
     """Return a rank's samples per second by micro-batch size, in ascending order, up to the last
     size that fits in `room` bytes and is worth trying.
     """
-    model = make_model().to(trial.device, trial.dtype).train()
+    model = make_model().train()
     rates: dict[int, float] = {}
 
     for samples in (size for size in range(1, share + 1) if share % size == 0):

@@ -1,16 +1,21 @@
 """Plan and build a run's models: sizes, heads, kernels, random streams."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
-from megatron_interbert.model.initialise import initialise
+from megatron_interbert.model.construction import give_memory, on_meta
+from megatron_interbert.model.initialise import FirstWeights, initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.engine import engine_settings
+from megatron_interbert.training.sharding import sharded_model
+from megatron_interbert.training.update import shards_weights
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,10 @@ class ModelPlan:
     seed: int
     recompute: bool
 
-    def with_first_weights(self, streams: RandomStreams) -> InterBert:
-        """Build the model to train, on the CPU, with initial weights drawn from --seed."""
-        sizes = self.job.model_config
-        model = InterBert(
-            sizes,
+    def make(self, streams: RandomStreams | None = None) -> InterBert:
+        """Build the model to train; see training/construction.py for its memory."""
+        return InterBert(
+            self.job.model_config,
             self.job.heads,
             state=self.state,
             kernels=self.kernels,
@@ -35,19 +39,42 @@ class ModelPlan:
             recompute=self.recompute,
             **self.job.model_options,
         )
-        initialise(model, sizes, self.seed, self.state)
 
+    def without_memory(self) -> InterBert:
+        """Build the model for the names and shapes of its parameters."""
+        return on_meta(self.make)
+
+    def whole(self, streams: RandomStreams, device: torch.device, dtype: torch.dtype) -> InterBert:
+        """Build the model with this rank's whole tensor-parallel slice, not filled."""
+        return give_memory(on_meta(lambda: self.make(streams)).to(dtype), device)
+
+    def filled(self, streams: RandomStreams, device: torch.device, dtype: torch.dtype) -> InterBert:
+        """Build the model with this rank's whole slice and its first weights."""
+        model = self.whole(streams, device, dtype)
+        initialise(model, self.job.model_config, self.seed, self.state)
         return model
 
+    def sharded(
+        self,
+        streams: RandomStreams,
+        device: torch.device,
+        dtype: torch.dtype,
+        settings: dict[str, Any],
+    ) -> InterBert:
+        """Build the model split among the data-parallel ranks by DeepSpeed's `settings`."""
+        return sharded_model(lambda: self.make(streams), device, dtype, self.state, settings)
+
     def for_evaluation(self) -> InterBert:
-        """Build a model to copy weights into, with whole rows: evaluations call single layers."""
-        return InterBert(
-            self.job.model_config,
-            self.job.heads,
-            state=self.state.with_replicated_rows(),
-            kernels=self.kernels,
-            **self.job.model_options,
-        )
+        """Build a model to copy weights into, without memory yet and with whole rows: evaluations
+        call single layers.
+        """
+        state = self.state.with_replicated_rows()
+        return replace(self, state=state, recompute=False).without_memory()
+
+    @property
+    def first_weights(self) -> FirstWeights:
+        """Return what draws the weights that the model starts from."""
+        return FirstWeights(self.job.model_config, self.seed)
 
 
 def plan_model(
@@ -77,3 +104,15 @@ def working_dtype(config: TrainConfig) -> torch.dtype:
     if config.bf16:
         return torch.bfloat16
     return torch.float16 if config.fp16 else torch.float32
+
+
+def build_model(
+    plan: ModelPlan, config: TrainConfig, streams: RandomStreams, device: torch.device
+) -> InterBert:
+    """Build the model to train with memory for what this rank keeps of it, not filled."""
+    settings = engine_settings(config, plan.state, plan.without_memory())
+    dtype = working_dtype(config)
+    if shards_weights(config, plan.state, settings):
+        return plan.sharded(streams, device, dtype, settings)
+
+    return plan.whole(streams, device, dtype)

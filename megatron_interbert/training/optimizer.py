@@ -3,7 +3,7 @@ norm where DeepSpeed computes none.
 """
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -17,28 +17,44 @@ RUN = 1 << 18
 
 
 def parameter_groups(
-    model: nn.Module, config: TrainConfig, pretrained: Collection[str] = ()
+    model: nn.Module,
+    config: TrainConfig,
+    pretrained: Collection[str] = (),
+    most: int = 1 << 62,
 ) -> list[dict]:
     """Group a model's parameters by weight decay (matrices only, not biases and LayerNorm) and by
     learning rate (that of `pretrained` names is scaled by --pretrained-lr-scale).
+
+    A group that reaches `most` elements is followed by another: ZeRO converts the gradients of one
+    group at a time.
     """
-    groups: dict[tuple[bool, bool], dict] = {}
+    groups: list[dict] = []
+    open_groups: dict[tuple[bool, bool], dict] = {}
 
     for name, parameter in model.named_parameters():
-        decays = parameter.dim() > 1
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        decays = len(shape) > 1
         slow = name in pretrained and config.pretrained_lr_scale != 1.0
-        group = groups.setdefault(
-            (decays, slow),
-            {
+        group = open_groups.get((decays, slow))
+
+        if group is None or elements(group["params"]) >= most:
+            group = {
                 "params": [],
                 "weight_decay": config.weight_decay if decays else 0.0,
                 "lr": config.lr,
                 "lr_scale": config.pretrained_lr_scale if slow else 1.0,
-            },
-        )
+            }
+            open_groups[decays, slow] = group
+            groups.append(group)
+
         group["params"].append(parameter)
 
-    return list(groups.values())
+    return groups
+
+
+def elements(parameters: Iterable[nn.Parameter]) -> int:
+    """Count the elements of parameters, wherever ZeRO keeps them."""
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
 def build_optimizer(groups: list[dict], config: TrainConfig) -> torch.optim.AdamW:

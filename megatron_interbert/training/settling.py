@@ -56,7 +56,7 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
 
     found = choose_micro_batch(
         trial,
-        lambda: plan.with_first_weights(run.streams),
+        lambda: plan.filled(run.streams, run.device, trial.dtype),
         global_batch,
         lambda: run.watchdog.enter("start", 0),
     )

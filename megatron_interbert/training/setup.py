@@ -15,6 +15,7 @@ from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.training_set import TrainingSet
+from megatron_interbert.model.initialise import FirstWeights
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import is_there
@@ -25,13 +26,15 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Judge, Progress
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
-from megatron_interbert.training.first_weights import load_initial_weights
+from megatron_interbert.training.first_weights import InitialWeights, open_initial_weights
+from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.loop import Trainer
-from megatron_interbert.training.model_plan import ModelPlan, plan_model
+from megatron_interbert.training.model_plan import ModelPlan, build_model, plan_model
 from megatron_interbert.training.resume import find_checkpoint, keep_fitted
 from megatron_interbert.training.run import Run, meet
 from megatron_interbert.training.run_folder import Claim, claim_folder
 from megatron_interbert.training.settling import settle
+from megatron_interbert.weights.manifest import read_manifest
 
 MakeJob = Callable[[Any, ParallelState], Job]
 
@@ -54,9 +57,11 @@ def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer
     job, start = open_data(run, make_job)
     plan = plan_model(config, job, run.state, run.device)
     settle(run, job, plan, start.resume)
-    engine = build_engine(run, job, plan)
+    # before the model exists: loader processes are forks, which would keep its memory alive
+    stream = open_stream(run, job, start.resume)
+    engine = build_engine(run, job, plan, start.resume)
 
-    return begin(run, job, plan, engine, start)
+    return begin(run, job, plan, engine, start, stream)
 
 
 def open_data(run: Run, make_job: MakeJob) -> tuple[Job, Start]:
@@ -75,27 +80,49 @@ def open_data(run: Run, make_job: MakeJob) -> tuple[Job, Start]:
     return job, Start(claim, resume, integrity)
 
 
-def build_engine(run: Run, job: Job, plan: ModelPlan) -> Engine:
-    """Build the model with its first weights, and the engine around it."""
+def open_stream(run: Run, job: Job, resume: Path | None) -> Iterator[PackedBatch]:
+    """Open the stream of micro-batches to train on, and start its loader processes."""
+    consumed = read_manifest(resume)["consumed_samples"] if resume else 0
+    return batches(job.samples, consumed, run.config.global_batch_size, run.state, run.device)
+
+
+def build_engine(run: Run, job: Job, plan: ModelPlan, resume: Path | None = None) -> Engine:
+    """Build the model and the engine around it, and fill in the weights to start from; a run that
+    resumes reads its own later.
+    """
     config = run.config
     state = run.state
-    model = plan.with_first_weights(run.streams)
+    names = plan.without_memory()
+    weights: FirstWeights | InitialWeights = plan.first_weights
     pretrained: set[str] = set()
 
     if config.init_from:  # also on resume: parameter groups depend on what came from BERT
-        pretrained = load_initial_weights(
-            model,
-            job.model_config,
+        weights = open_initial_weights(
+            names,
+            plan.first_weights,
             config.init_from,
             state,
             job.data,
             config.allow_other_detector,
         )
+        pretrained = weights.pretrained
 
-    return Engine(model.to(run.device), config, state, pretrained)
+    model = build_model(plan, config, run.streams, run.device)
+    engine = Engine(model, config, state, pretrained)
+    if not resume:
+        FragmentedState(engine).fill_weights(weights)
+
+    return engine
 
 
-def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> Trainer:
+def begin(
+    run: Run,
+    job: Job,
+    plan: ModelPlan,
+    engine: Engine,
+    start: Start,
+    stream: Iterator[PackedBatch],
+) -> Trainer:
     """Claim the folder, load the checkpoint, describe the run, and return the Trainer."""
     config = run.config
     state = run.state
@@ -109,13 +136,12 @@ def begin(run: Run, job: Job, plan: ModelPlan, engine: Engine, start: Start) -> 
 
     run.say(*config.notes)
     run.say(*describe_run(run, job, plan, engine, start.resume))
-    batch = config.global_batch_size
 
     return Trainer(
         run,
         job,
         engine,
-        batches=batches(job.samples, progress.consumed_samples, batch, state, run.device),
+        batches=stream,
         evaluation=make_evaluation(run, job, plan),
         checkpoints=checkpoints,
         progress=progress,

@@ -209,12 +209,29 @@ def choose_update(
     deepspeed_config: dict[str, Any],
 ) -> DeepSpeedUpdate:
     """Choose the kind of update for a run, as listed at the top of this file."""
-    if config.fp16 or offloads(deepspeed_config):
-        return DeepSpeedUpdate(groups, config, state)
-
-    if state.data_size == 1 or config.zero_stage == 0:
+    kind = update_kind(config, state, deepspeed_config)
+    if kind is WholeUpdate:
         return WholeUpdate(groups, config, state, model)
 
-    kind = PartitionedUpdate if config.zero_stage < 3 else DeepSpeedUpdate
-
     return kind(groups, config, state)
+
+
+def update_kind(
+    config: TrainConfig, state: ParallelState, deepspeed_config: dict[str, Any]
+) -> type[DeepSpeedUpdate]:
+    """Return the kind of update for a run."""
+    if config.fp16 or offloads(deepspeed_config):
+        return DeepSpeedUpdate
+
+    if state.data_size == 1 or config.zero_stage == 0:
+        return WholeUpdate
+
+    return PartitionedUpdate if config.zero_stage < 3 else DeepSpeedUpdate
+
+
+def shards_weights(
+    config: TrainConfig, state: ParallelState, deepspeed_config: dict[str, Any]
+) -> bool:
+    """Check whether DeepSpeed splits the weights among the data-parallel ranks (stage 3)."""
+    kind = update_kind(config, state, deepspeed_config)
+    return config.zero_stage == 3 and kind is DeepSpeedUpdate

@@ -57,6 +57,13 @@ class Tensors:
         file = self.files[name]
         return file.get(name) if isinstance(file, TensorFile) else file[name]
 
+    def read(self, name: str, start: int, length: int) -> torch.Tensor:
+        """Read elements [start, start + length) of one flattened tensor: [length]."""
+        file = self.files[name]
+        if isinstance(file, TensorFile):
+            return file.read(name, start, length)
+        return file[name].reshape(-1)[start : start + length]
+
 
 def tensor_names(tensors: Tensors) -> list[str]:
     """List tensor names in the files' order."""

@@ -17,7 +17,7 @@ import torch
 
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
-from megatron_interbert.model.partition import full_shape, shard, unshard
+from megatron_interbert.model.partition import SliceRun, in_slices, joined, unshard
 from megatron_interbert.weights.manifest import read_manifest, weights_name
 from megatron_interbert.weights.tensor_files import TensorFile, TensorLayout
 
@@ -95,42 +95,39 @@ class CheckpointReader:
         """Return the full tensor, joined from all ranks."""
         return unshard([self._slice(name, kind, rank) for rank in range(self.tensor_size)], name)
 
-    def get_run(
-        self,
-        name: str,
-        kind: str,
-        tensor_rank: int,
-        tensor_size: int,
-        shape: tuple[int, ...],
-        start: int,
-        length: int,
-    ) -> torch.Tensor:
-        """Return elements [start, start + length) of a rank's flattened slice in another layout.
+    def read(self, kind: str, run: SliceRun) -> torch.Tensor:
+        """Return a run of a rank's slice in any layout; only that run is read from the disk.
 
-        `shape` is that slice's; UsageError if the checkpoint's tensor does not match it.
+        An average ("ema") that the checkpoint lacks begins as the weights. Raises UsageError if the
+        checkpoint's tensor does not have the shape of the run's.
         """
-        if name not in self.shapes or list(self.shapes[name]) != full_shape(
-            name, shape, tensor_size
-        ):
+        name = run.name
+        if kind == "ema" and not self.has(kind):
+            kind = "weight"
+
+        if list(self.shapes.get(name, ())) != run.full_shape or name not in self.shapes:
             raise UsageError(
                 f"{self.path}: {name} is {list(self.shapes.get(name, ())) or 'missing'}, this model"
-                f" has {full_shape(name, shape, tensor_size)}; give the --model it was made with"
+                f" has {run.full_shape}; give the --model it was made with"
             )
 
-        if tensor_size == self.tensor_size:
-            return self._run(name, kind, tensor_rank, start, length)
+        if run.ranks == self.tensor_size:
+            return self._run(name, kind, run.rank, run.start, run.length)
 
-        return shard(self.get(name, kind), name, tensor_rank, tensor_size).reshape(-1)[
-            start : start + length
-        ]
+        return run.gather(lambda start, length: self.read_full(name, kind, start, length))
+
+    def read_full(self, name: str, kind: str, start: int, length: int) -> torch.Tensor:
+        """Return elements [start, start + length) of the flattened whole parameter."""
+        parts = in_slices(name, self.shapes[name], self.tensor_size, start, length)
+        return joined([self._run(name, kind, *part) for part in parts])
 
     def _slice(self, name: str, kind: str, rank: int) -> torch.Tensor:
         shape = self._pieces(kind, rank, name)[0]
         return self._run(name, kind, rank, 0, torch.Size(shape).numel()).view(shape)
 
     def _run(self, name: str, kind: str, rank: int, start: int, length: int) -> torch.Tensor:
-        """Return a run of a slice in the layout of the checkpoint, without a copy if a single piece
-        holds it; UsageError if part of it is missing.
+        """Return a run of a slice in the layout of the checkpoint; UsageError if part of it is
+        missing.
         """
         parts = []
         reached = start
@@ -141,9 +138,7 @@ class CheckpointReader:
             if first < last:
                 if first != reached:
                     break
-                parts.append(
-                    piece.file.get(piece.key).reshape(-1)[first - piece.start : last - piece.start]
-                )
+                parts.append(piece.file.read(piece.key, first - piece.start, last - first))
                 reached = last
 
         if reached != start + length:
@@ -152,7 +147,7 @@ class CheckpointReader:
                 f" {rank}"
             )
 
-        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0)
+        return joined(parts)
 
     def _pieces(self, kind: str, rank: int, name: str) -> tuple[tuple[int, ...], list[Piece]]:
         where = (KINDS[kind], rank)

@@ -5,6 +5,7 @@ Nothing here runs code from a file: it uses safetensors, JSON, and `torch.load(w
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ FACTS = {"iteration": int, "consumed_samples": int, "detector": dict, "vocabular
 class WeightSource:
     """Hold weights under our names.
 
-    `get` reads one full tensor; a `bert` source has the text path only.
+    `get` reads one full tensor, `read` elements [start, start + length) of it, flattened; a `bert`
+    source has the text path only.
     """
 
     kind: str
@@ -67,6 +69,10 @@ class WeightSource:
     left_out: list[str] = dataclasses.field(default_factory=list)
     # lines for the user about what was chosen
     notes: list[str] = dataclasses.field(default_factory=list)
+    read: Callable[[str, int, int], torch.Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        self.read = self.read or runs_of(lambda name: self.get(name))
 
     def state(self) -> dict[str, torch.Tensor]:
         """Read all tensors at once."""
@@ -131,7 +137,8 @@ def open_weights(
         else:
             source = _foreign(kind, Path(path), config)
 
-    source.get = _checked(source)
+    source.get = _checked(source, source.get)
+    source.read = _checked(source, source.read)
 
     return source
 
@@ -152,13 +159,14 @@ def sound(where: str | Path, kind: str) -> Iterator[None]:
         ) from error
 
 
-def _checked(source: WeightSource) -> Callable[[str], torch.Tensor]:
-    """Wrap a source's `get`, so that parts which do not fit together raise a UsageError."""
-    get = source.get
+def _checked(source: WeightSource, get: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """Wrap a source's `get` or `read`, so that parts which do not fit together raise a
+    UsageError.
+    """
 
-    def checked(name: str) -> torch.Tensor:
+    def checked(name: str, *run: int) -> torch.Tensor:
         with sound(f"{source.path}: {name}", source.kind):
-            return get(name)
+            return get(name, *run)
 
     return checked
 
@@ -193,7 +201,13 @@ def _checkpoint(path: Path, averaged: bool) -> WeightSource:
     }
     layouts = {n: reader.layout(n) for n in reader.names}
     source = WeightSource(
-        "checkpoint", folder, reader.config, layouts, lambda name: reader.get(name, weights), facts
+        "checkpoint",
+        folder,
+        reader.config,
+        layouts,
+        lambda name: reader.get(name, weights),
+        facts,
+        read=lambda name, *run: reader.read_full(name, weights, *run),
     )
 
     if newer := passed_over(path, folder):
@@ -226,7 +240,14 @@ def _huggingface(path: Path) -> WeightSource:
     facts = facts_of(values.get("training_facts") or {}, path / "config.json")
 
     return WeightSource(
-        "huggingface", path, sizes, layouts, lambda name: tensors.get(ours[name]), facts, left_out
+        "huggingface",
+        path,
+        sizes,
+        layouts,
+        lambda name: tensors.get(ours[name]),
+        facts,
+        left_out,
+        read=lambda name, *run: tensors.read(ours[name], *run),
     )
 
 
@@ -288,6 +309,15 @@ def carry_along(source: WeightSource, tensors: Tensors, extras: Mapping[str, str
     linked = source.get
     source.layouts |= {ours: tensors.layout(theirs) for ours, theirs in extras.items()}
     source.get = lambda name: tensors.get(extras[name]) if name in extras else linked(name)
+
+
+def runs_of(get: Callable[[str], torch.Tensor]) -> Callable[[str, int, int], torch.Tensor]:
+    """Return a `read` for tensors that are made from several: it keeps the last one, so that a
+    parameter's runs do not make it again.
+    """
+    kept = functools.lru_cache(maxsize=1)(lambda name: get(name).reshape(-1))
+
+    return lambda name, start, length: kept(name)[start : start + length]
 
 
 def check_tied(tensors: Tensors, by_name: Mapping[str, str], path: Path) -> None:

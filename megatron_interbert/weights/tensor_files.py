@@ -1,5 +1,6 @@
 """Write and read safetensors files tensor by tensor."""
 
+import errno
 import hashlib
 import json
 import os
@@ -26,6 +27,7 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # bytes written and hashed at a time; both release the GIL
 CHUNK = 16 << 20
+MOST_READ = 1 << 30  # bytes asked for in one read; Linux gives at most 2 GiB
 
 
 @dataclass(frozen=True)
@@ -118,6 +120,7 @@ class TensorFile:
             self._file = safe_open(str(path), framework="pt")
             self.names: list[str] = list(self._file.keys())
             self.metadata: dict[str, str] = self._file.metadata() or {}
+            self._begins = first_bytes(self.path)
         except (SafetensorError, OSError) as error:
             raise UsageError(
                 f"{path}: not a readable safetensors file ({str(error).splitlines()[0]})"
@@ -137,6 +140,39 @@ class TensorFile:
     def get(self, name: str) -> torch.Tensor:
         """Read one tensor."""
         return self._file.get_tensor(name)
+
+    def read(self, name: str, start: int, length: int) -> torch.Tensor:
+        """Read elements [start, start + length) of a flattened tensor: [length].
+
+        Only they are read from the disk. Raises OSError if it fails, or the file ends before them.
+        """
+        dtype = self.layout(name).dtype
+        found = torch.empty(length, dtype=dtype)
+        buffer = memoryview(found.view(torch.uint8).numpy())
+        position = self._begins[name] + start * dtype.itemsize
+
+        with open(self.path, "rb", buffering=0) as handle:
+            while buffer:
+                count = os.preadv(handle.fileno(), [buffer[:MOST_READ]], position)
+                if not count:
+                    raise OSError(errno.EIO, f"ends within {name}", str(self.path))
+                buffer = buffer[count:]
+                position += count
+
+        return found
+
+
+def first_bytes(path: Path) -> dict[str, int]:
+    """Return where the data of each tensor begin in a safetensors file, from its header."""
+    with open(path, "rb") as handle:
+        size = int.from_bytes(handle.read(8), "little")
+        header = json.loads(handle.read(size))
+
+    return {
+        name: 8 + size + entry["data_offsets"][0]
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
 
 
 def is_finite(tensor: torch.Tensor) -> bool:

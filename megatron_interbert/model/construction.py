@@ -1,0 +1,30 @@
+"""Build models with memory for no more than is kept: on torch's meta device, which allocates
+nothing, and then in the dtype of their passes.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from megatron_interbert.model.interbert import InterBert
+
+
+def on_meta(make: Callable[[], InterBert]) -> InterBert:
+    """Build a model without memory; the random state is left as it was."""
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        return make()
+
+
+def give_memory(model: nn.Module, device: torch.device) -> nn.Module:
+    """Give memory to the parameters of a model on meta, in the dtype that each has, and return the
+    model; a model with memory only moves to the device.
+    """
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.is_meta:
+                empty = nn.Parameter(torch.empty_like(parameter, device=device))
+                vars(empty).update(vars(parameter))  # the tags of shards
+                setattr(module, name, empty)
+
+    return model.to(device)
