@@ -18,6 +18,8 @@ from megatron_interbert.parallel.vocab_loss import CHUNK
 
 BUCKET = 50_000_000  # most gradients that are reduced at once
 SUB_GROUP = 100_000_000  # about as many parameters are updated at once
+LIVE = 1_000_000_000  # most parameters that stage 3 keeps gathered
+PREFETCH = 50_000_000  # most parameters that stage 3 gathers at once, unless one is larger
 # bytes per parameter: of an fp32 value, and of its two Adam moments
 FP32 = 4
 ADAM = 8
@@ -279,20 +281,20 @@ def held_alone(layout: Layout, parameters: int, table: float) -> Held:
 
 def held_in_stage_3(layout: Layout, parameters: int) -> Held:
     """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step."""
-    whole = layout.element * parameters
-    share = whole / layout.data
+    share = layout.element * parameters / layout.data
     bucket = layout.element * min(parameters, BUCKET)
-    # gathered weights (DeepSpeed gathers all, for models of this size) and the receive buffer
-    gathered = 2 * whole if layout.data > 1 else 0.0
+    gathered = layout.element * min(parameters, LIVE)
+    received = layout.element * min(parameters, PREFETCH)
+    kept = share + bucket  # gradients and their buffer
 
     return Held(
         weights=share,
         optimizer=(FP32 + ADAM) * parameters / layout.data,
         gradients=share,
         buffers=bucket,
-        begin=share + bucket + gathered,
-        end=share + bucket + 2 * whole,
-        step=share + bucket + share + converted_bytes(layout, parameters),
+        begin=kept + (gathered + received if layout.data > 1 else 0.0),
+        end=kept + gathered + bucket,
+        step=kept + updated_bytes(layout, parameters),
     )
 
 
@@ -310,13 +312,16 @@ def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Hel
         buffers=bucket,
         begin=bucket,
         end=gradients + bucket + table * (layout.zero_stage == 1),
-        step=gradients + share + converted_bytes(layout, parameters),
+        step=gradients + updated_bytes(layout, parameters),
     )
 
 
-def converted_bytes(layout: Layout, parameters: int) -> float:
-    """Return the bytes of the fp32 gradients that the optimizer needs; 0 if they are fp32."""
-    return FP32 * parameters / layout.data if layout.half else 0.0
+def updated_bytes(layout: Layout, parameters: int) -> float:
+    """Return the bytes of the gradients of the parameters that are updated at once: joined, and
+    converted to fp32 if they are not.
+    """
+    at_once = min(parameters, SUB_GROUP) / layout.data
+    return at_once * (layout.element + FP32 if layout.half else layout.element)
 
 
 def largest_micro_batch(

@@ -15,6 +15,7 @@ from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.training_set import TrainingSet
+from megatron_interbert.machines.host import give_back_memory
 from megatron_interbert.model.initialise import FirstWeights
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.state import ParallelState
@@ -111,6 +112,7 @@ def build_engine(run: Run, job: Job, plan: ModelPlan, resume: Path | None = None
     engine = Engine(model, config, state, pretrained)
     if not resume:
         FragmentedState(engine).fill_weights(weights)
+    give_back_memory()
 
     return engine
 
