@@ -190,6 +190,12 @@ class ParallelismSettings(Flags):
         " the value of the flag",
         FREE,
     )
+    nvme_path: str = setting(
+        "",
+        "folder on each machine's own disk for what a DeepSpeed JSON offloads to nvme",
+        FREE,
+        may_differ=True,
+    )
     fp16: bool = setting(
         False, "half precision with dynamic loss scaling", FREE, deepspeed="fp16.enabled"
     )

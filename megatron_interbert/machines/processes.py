@@ -56,10 +56,7 @@ def start_processes() -> torch.device:
         use_cores(launch)
         keep_freed_memory()
 
-    # The only place that changes a value of DeepSpeed's. Otherwise it would compile a shared-memory
-    # operation for inference here, which training never calls, and a run that is killed while
-    # compiling leaves a lock on which the next one hangs.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    leave_out_shared_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     if not dist.is_initialized():  # a calling program may have joined already
         join(launch, device, backend)
@@ -67,6 +64,16 @@ def start_processes() -> torch.device:
     deepspeed.init_distributed(dist_backend=backend, verbose=False)  # uses the existing group
 
     return device
+
+
+def leave_out_shared_memory() -> None:
+    """Keep DeepSpeed from compiling a shared-memory operation for inference when it joins a process
+    group: training never calls it, and a run that is killed while compiling leaves a lock on which
+    the next one hangs.
+
+    The only place that changes a value of DeepSpeed's.
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 def join(launch: Launch, device: torch.device, backend: str) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.partition import mark_shards
 
 
 def on_meta(make: Callable[[], InterBert]) -> InterBert:
@@ -16,15 +17,21 @@ def on_meta(make: Callable[[], InterBert]) -> InterBert:
         return make()
 
 
-def give_memory(model: nn.Module, device: torch.device) -> nn.Module:
-    """Give memory to the parameters of a model on meta, in the dtype that each has, and return the
-    model; a model with memory only moves to the device.
+def give_memory(
+    model: nn.Module, device: torch.device, dtype: torch.dtype | None = None
+) -> nn.Module:
+    """Give memory to the parameters of a model on meta, in `dtype`, else in that of each, and
+    return the model; a model with memory only moves to the device.
     """
+    if not any(parameter.is_meta for parameter in model.parameters()):
+        return model.to(device)
+
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
-                empty = nn.Parameter(torch.empty_like(parameter, device=device))
-                vars(empty).update(vars(parameter))  # the tags of shards
-                setattr(module, name, empty)
+                empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
+                setattr(module, name, nn.Parameter(empty))
 
-    return model.to(device)
+    mark_shards(model)
+
+    return model

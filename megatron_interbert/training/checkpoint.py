@@ -11,6 +11,7 @@ for that, and its universal form loses the parameter groups' settings at ZeRO-3 
 tensor-parallel slices there).
 """
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -19,7 +20,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,12 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.files import file_entry, write_bytes
+from megatron_interbert.machines.host import free_memory
 from megatron_interbert.model.partition import full_shape
+from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.fragments import FragmentedState
+from megatron_interbert.training.fragments import Fragment, FragmentedState, Outline
 from megatron_interbert.training.resume import changed_rate, changed_settings, check_same_run
 from megatron_interbert.training.run_folder import Claim, RunFolder
 from megatron_interbert.weights.manifest import (
@@ -46,7 +49,10 @@ from megatron_interbert.weights.manifest import (
     write_manifest,
 )
 from megatron_interbert.weights.reader import KINDS, CheckpointReader, describe_pieces, piece_key
-from megatron_interbert.weights.tensor_files import TensorLayout, is_finite, write_tensors
+from megatron_interbert.weights.tensor_files import TensorLayout, TensorWriter, is_finite
+
+FP32 = 4  # bytes
+MOST_OF_FREE = 0.8  # share of the free memory that a copy of the training state may take
 
 # one failed save is reported and training continues; a second one in a row ends the run
 FAILURES_ALLOWED = 1
@@ -98,27 +104,35 @@ class NotFinite(ValueError):
     """Signal that the state to be saved contains NaN or infinity."""
 
 
-def check_finite(tensors: Mapping[str, torch.Tensor]) -> None:
-    """Raise NotFinite, naming the tensor, if one contains NaN or infinity."""
-    for name, tensor in tensors.items():
-        if not is_finite(tensor):
-            raise NotFinite(
-                f"{name} has elements that are not finite and is not saved: the run has diverged;"
-                " lower --lr and resume from the newest checkpoint"
-            )
+def check_finite(name: str, tensor: torch.Tensor) -> None:
+    """Raise NotFinite, naming the tensor, if it contains NaN or infinity."""
+    if not is_finite(tensor):
+        raise NotFinite(
+            f"{name} has elements that are not finite and is not saved: the run has diverged;"
+            " lower --lr and resume from the newest checkpoint"
+        )
 
 
 @dataclass
 class Snapshot:
-    """Hold a host-memory copy of what this rank writes: tensors by kind of file, (start, shape of
-    the whole parameter) of each, and the manifest.
+    """Hold what this rank writes: the outline of its fragments, the kinds of tensors of each, the
+    fragments themselves in the same order, and the manifest.
+
+    The fragments are copies in host memory, or come from the training state as they are asked for.
     """
 
     step: int
-    files: dict[str, dict[str, torch.Tensor]]
-    pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]]
+    outline: list[Outline]
+    kinds: tuple[str, ...]
+    fragments: Iterable[Fragment]
     manifest: dict[str, Any]
     prune: bool = True  # remove older checkpoints afterwards
+    alive: Callable[[], None] = lambda: None  # called after each piece, if training waits
+
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of all tensors."""
+        return FP32 * len(self.kinds) * sum(piece.length for piece in self.outline)
 
 
 class Checkpoints:
@@ -148,7 +162,7 @@ class Checkpoints:
         token = state.gather(f"{os.getpid()}-{time.time_ns()}")[0]
         self.folder = RunFolder(Path(config.save), claim or Claim(), token, self._messages.put)
         self.revision = git_revision()
-        self._host: dict[str, dict[str, torch.Tensor]] = {}
+        self._host: dict[tuple[str, str], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._problem: Problem | None = None
         self._failures = 0
@@ -158,14 +172,31 @@ class Checkpoints:
         if state.world_size > 1:
             self._group = dist.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
 
-    def save(self, engine: Engine, progress: Progress, prune: bool = True) -> None:
+    def save(
+        self,
+        engine: Engine,
+        progress: Progress,
+        prune: bool = True,
+        alive: Callable[[], None] = lambda: None,
+    ) -> None:
         """Wait for the previous save, copy the state and start writing it; then prune older
         checkpoints if `prune`. Raises TrainingStopped if saves keep failing.
+
+        A state that has no room in memory a second time, or that is on an NVMe disk, is written
+        piece by piece while training waits, and `alive` is called after each of them.
         """
         self.wait(allowed=FAILURES_ALLOWED)
         started = time.monotonic()
-        snapshot = self._snapshot(engine, progress)
+        training_state = FragmentedState(engine)
+        copied = self._may_copy(training_state)
+        snapshot = self._snapshot(training_state, progress, copied)
         snapshot.prune = prune
+        if not copied:
+            snapshot.alive = alive
+            self._write(snapshot, started, None)
+            self._conclude(FAILURES_ALLOWED)
+            return
+
         self._thread = threading.Thread(
             target=self._write, args=(snapshot, started, time.monotonic()), daemon=True
         )
@@ -183,6 +214,10 @@ class Checkpoints:
 
         self._thread.join()
         self._thread = None
+        self._conclude(allowed)
+
+    def _conclude(self, allowed: int) -> None:
+        """Count whether the save that has just ended failed; TrainingStopped as `wait` says."""
         self._failures = self._failures + 1 if self._problem else 0
         if self.hopeless:
             raise TrainingStopped(self.hopeless)
@@ -214,43 +249,61 @@ class Checkpoints:
             lines.append(self._messages.get())
         return lines
 
-    def _snapshot(self, engine: Engine, progress: Progress) -> Snapshot:
-        """Copy into reused host buffers, so that later saves cause no page faults."""
-        training_state = FragmentedState(engine)
-        kinds = [
-            file
-            for file in dict.fromkeys(KINDS.values())
-            if file != "ema" or engine.ema is not None
-        ]
-        files: dict[str, dict[str, torch.Tensor]] = {file: {} for file in kinds}
-        pieces: dict[str, dict[str, tuple[int, tuple[int, ...]]]] = {file: {} for file in kinds}
+    def _may_copy(self, training_state: FragmentedState) -> bool:
+        """Check whether all ranks have room in host memory for a copy of what they write."""
+        if training_state.on_disk:
+            return False
+        if self._host:  # buffers of an earlier save
+            return True
 
-        for fragment in training_state.owned():
-            whole = fragment.length == torch.Size(fragment.shape).numel()
-            for kind, tensor in fragment.tensors.items():
-                file = KINDS[kind]
-                key = piece_key(fragment.name, kind)
-                buffer = self._host.setdefault(file, {}).get(key)
-                if buffer is None or buffer.numel() != tensor.numel():
-                    buffer = torch.empty(
-                        tensor.numel(), dtype=torch.float32, pin_memory=tensor.is_cuda
-                    )
-                    self._host[file][key] = buffer
+        wanted = FP32 * len(training_state.kinds) * sum(p.length for p in training_state.outline())
+        room = free_memory() / read_launch().local_size
+        fits = all(self.state.gather(wanted < MOST_OF_FREE * room))
+        if not fits and self.state.is_main:
+            self._messages.put(
+                f"note: a copy of the training state ({wanted / 2**30:.1f} GiB a rank) has no room"
+                " in memory, so training waits while checkpoints are written"
+            )
 
-                buffer.copy_(tensor, non_blocking=True)
-                files[file][key] = buffer.view(fragment.shape) if whole else buffer
-                pieces[file][key] = (fragment.start, fragment.shape)
+        return fits
 
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+    def _snapshot(
+        self, training_state: FragmentedState, progress: Progress, copied: bool
+    ) -> Snapshot:
+        """Describe what to write, with copies of all tensors in host memory if `copied`."""
+        fragments: Iterable[Fragment] = training_state.owned()
+        if copied:
+            fragments = [self._copy(fragment) for fragment in fragments]
+            if torch.cuda.is_initialized():
+                torch.cuda.synchronize()
 
         return Snapshot(
-            progress.step, files, pieces, self._manifest(engine, training_state, progress)
+            progress.step,
+            training_state.outline(),
+            training_state.kinds,
+            fragments,
+            self._manifest(training_state, progress),
         )
 
-    def _manifest(
-        self, engine: Engine, training_state: FragmentedState, progress: Progress
-    ) -> dict[str, Any]:
+    def _copy(self, fragment: Fragment) -> Fragment:
+        """Copy a fragment into host buffers, which are reused, so that later saves cause no page
+        faults; the device may still be copying.
+        """
+        tensors = {}
+
+        for kind, tensor in fragment.tensors.items():
+            key = (fragment.name, kind)
+            buffer = self._host.get(key)
+            if buffer is None or buffer.numel() != tensor.numel():
+                buffer = torch.empty(tensor.numel(), dtype=torch.float32, pin_memory=tensor.is_cuda)
+                self._host[key] = buffer
+
+            tensors[kind] = buffer.copy_(tensor, non_blocking=True)
+
+        return Fragment(fragment.name, fragment.start, fragment.shape, tensors)
+
+    def _manifest(self, training_state: FragmentedState, progress: Progress) -> dict[str, Any]:
+        engine = training_state.engine
         ranks = self.state.tensor_size
         shapes = {
             n: full_shape(n, getattr(p, "ds_shape", p.shape), ranks)
@@ -287,7 +340,7 @@ class Checkpoints:
 
     # The methods from here to `load` run in the writing thread.
 
-    def _write(self, snapshot: Snapshot, started: float, copied: float) -> None:
+    def _write(self, snapshot: Snapshot, started: float, copied: float | None) -> None:
         final = self.folder.path / f"{STEP_FOLDER}{snapshot.step}"
         work = self.folder.partial(final)
         outcome: dict[str, Any] | Problem
@@ -328,33 +381,40 @@ class Checkpoints:
             )
         else:
             self.newest = final
-            stall = copied - started
             total = time.monotonic() - started
+            stall = total if copied is None else copied - started
+            written = sum(entry["bytes"] for entry in files.values())
             self._messages.put(
-                f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s)"
+                f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s:"
+                f" {written / 1e9:.2f} GB, {written / total / 1e6:.0f} MB/s)"
             )
 
     def _write_files(self, snapshot: Snapshot, work: Path) -> dict[str, Any]:
         """Write and flush this rank's files; return {name: {bytes, sha256}}."""
-        for tensors in snapshot.files.values():
-            check_finite(tensors)
-
         self.folder.renew()
         work.mkdir(parents=True, exist_ok=True)
         state = self.state
         entries = {}
 
-        for kind, tensors in snapshot.files.items():
-            name = weights_name(
-                (state.tensor_rank, state.tensor_size), (state.data_rank, state.data_size), kind
-            )
-            layout = {
-                key: TensorLayout(tensor.dtype, tuple(tensor.shape))
-                for key, tensor in tensors.items()
-            }
-            entries[name] = write_tensors(
-                work / name, layout, tensors.values(), describe_pieces(snapshot.pieces[kind])
-            )
+        with contextlib.ExitStack() as stack:
+            writers = {}
+            for file in dict.fromkeys(KINDS[kind] for kind in snapshot.kinds):
+                name = weights_name(
+                    (state.tensor_rank, state.tensor_size), (state.data_rank, state.data_size), file
+                )
+                layout, pieces = describe_file(snapshot, file)
+                writer = TensorWriter(work / name, layout, describe_pieces(pieces))
+                writers[file] = (name, stack.enter_context(writer))
+
+            for piece, fragment in zip(snapshot.outline, snapshot.fragments, strict=True):
+                for kind, tensor in fragment.tensors.items():
+                    key = piece_key(piece.name, kind)
+                    check_finite(key, tensor)
+                    writers[KINDS[kind]][1].write(key, tensor.view(piece.written_shape))
+                snapshot.alive()
+
+            for name, writer in writers.values():
+                entries[name] = writer.finish()
 
         if state.is_main:
             write_bytes(work / VOCABULARY, self.vocabulary)
@@ -410,7 +470,15 @@ class Checkpoints:
             if before != now:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
 
-        FragmentedState(engine).fill(reader, manifest["training_state"])
+        started = time.monotonic()
+        training_state = FragmentedState(engine)
+        training_state.fill(reader, manifest["training_state"])
+        seconds = time.monotonic() - started
+        read = FP32 * len(training_state.kinds) * sum(p.length for p in training_state.outline())
+        self._messages.put(
+            f"read {path} ({seconds:.2f} s on rank 0, {read / 1e9:.2f} GB of its own,"
+            f" {read / seconds / 1e6:.0f} MB/s)"
+        )
         self.newest = path
         self.folder.count_as_ours(path)
         best = self._comparable(manifest.get("best", {}))
@@ -445,6 +513,25 @@ class Checkpoints:
         """Link the best checkpoint if it is in --save."""
         if self.state.is_main and self.config.save:
             self.folder.point_to_best(f"{STEP_FOLDER}{progress.best_step}")
+
+
+def describe_file(
+    snapshot: Snapshot, file: str
+) -> tuple[dict[str, TensorLayout], dict[str, tuple[int, tuple[int, ...]]]]:
+    """Return what a rank's file of `file` tensors (weights, optimizer, ema) will hold: the layout
+    of each tensor, and (start, shape of the whole slice) of each.
+    """
+    layout = {}
+    pieces = {}
+
+    for piece in snapshot.outline:
+        for kind in snapshot.kinds:
+            if KINDS[kind] == file:
+                key = piece_key(piece.name, kind)
+                layout[key] = TensorLayout(torch.float32, piece.written_shape)
+                pieces[key] = (piece.start, piece.shape)
+
+    return layout, pieces
 
 
 def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:

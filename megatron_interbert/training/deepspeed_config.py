@@ -4,6 +4,7 @@ DeepSpeed itself does neither: it ignores unknown top-level keys and takes "auto
 """
 
 import copy
+import os
 from pathlib import Path
 from typing import Any
 
@@ -176,13 +177,8 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
         config.settle("global_batch_size", resumed_batch, "the checkpoint")
 
     config.fit_batches(data_parallel_size)
-    if any(block.get("device") == "nvme" for block in _offload_blocks(values)):
-        raise UsageError(
-            f"{config.deepspeed_config}: offload to nvme is not supported (checkpoints could not be"
-            " written); use 'cpu'"
-        )
-
     config.check()
+    check_offload(config, values)
     steps = config.accumulation_steps(data_parallel_size)
     if accumulation not in ("auto", steps):
         raise UsageError(
@@ -197,14 +193,43 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
 
 def offloads(values: dict[str, Any]) -> bool:
     """Check whether a DeepSpeed configuration offloads weights or moments to the host."""
-    return any(block.get("device", "none") != "none" for block in _offload_blocks(values))
+    return any(block.get("device", "none") != "none" for block in offload_blocks(values).values())
 
 
-def _offload_blocks(values: dict[str, Any]) -> list[dict[str, Any]]:
-    return [
-        _get(values, f"zero_optimization.{name}") or {}
+def offload_blocks(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the blocks of a DeepSpeed configuration on offload, by name; {} for a missing one."""
+    return {
+        name: _get(values, f"zero_optimization.{name}") or {}
         for name in ("offload_optimizer", "offload_param")
-    ]
+    }
+
+
+def check_offload(config: TrainConfig, values: dict[str, Any]) -> None:
+    """Raise UsageError for offload that the ZeRO stage does not have, or to an NVMe disk without
+    its folder; `"nvme_path": "auto"` becomes --nvme-path.
+    """
+    where = config.deepspeed_config
+
+    for name, block in offload_blocks(values).items():
+        device = block.get("device", "none")
+        if device == "none":
+            continue
+
+        least = 3 if name == "offload_param" or device == "nvme" else 1
+        if config.zero_stage < least:
+            raise UsageError(
+                f"{where}: {name} to {device} needs ZeRO stage {least} or higher,"
+                f" {config.told('zero_stage')} is less"
+            )
+
+        if device == "nvme":
+            if block.get("nvme_path") in (None, "auto"):
+                block["nvme_path"] = config.nvme_path
+            if not block["nvme_path"] or not os.path.isdir(block["nvme_path"]):
+                raise UsageError(
+                    f"{where}: {name} to nvme: nvme_path is {block['nvme_path']!r}, expected a"
+                    " folder on a disk of this machine; give --nvme-path"
+                )
 
 
 def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) -> None:

@@ -30,8 +30,6 @@ class AveragedWeights:
     def update(self, step: int, tensors: Iterable[torch.Tensor]) -> None:
         """Average in all tensors that Adam updates, after optimizer step `step` (from 1)."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        weights = list(tensors)
-        averages = [self.average_of(tensor) for tensor in weights]
-        flat = [tensor.detach().reshape(-1).float() for tensor in weights]
 
-        torch._foreach_lerp_(averages, flat, 1 - decay)
+        for weights in tensors:
+            self.average_of(weights).lerp_(weights.detach().reshape(-1).float(), 1 - decay)

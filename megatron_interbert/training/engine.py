@@ -44,7 +44,8 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
 class Engine:
     """Run a model and its optimizer under DeepSpeed.
 
-    Call `backward` for each micro-batch, then `step` once. `precision` is fp16, bf16 or fp32.
+    Call `backward` for each micro-batch, then `step` once. `precision` is fp16, bf16 or fp32. A
+    model that DeepSpeed has split already was built by the same `settings`.
     """
 
     def __init__(
@@ -53,10 +54,11 @@ class Engine:
         config: TrainConfig,
         state: ParallelState,
         pretrained: set[str] = frozenset(),
+        settings: dict[str, Any] | None = None,
     ) -> None:
         self.config = config
         self.state = state
-        self.deepspeed_config = engine_settings(config, state, model)
+        self.deepspeed_config = settings or engine_settings(config, state, model)
         self.accumulation = self.deepspeed_config["gradient_accumulation_steps"]
         self.precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
         if config.fp16 and not half_precision_supported():

@@ -7,6 +7,8 @@ a run of some of them. This file is the only one that knows how DeepSpeed keeps 
 `fp32_partitioned_groups_flat` in stage 3).
 """
 
+import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -28,12 +30,29 @@ class Source(Protocol):
         """Return a run of a parameter's tensor of a kind (as in `KINDS`): [length]."""
 
 
-@dataclass
-class Fragment:
-    """Represent a run of one flattened parameter.
+@dataclass(frozen=True)
+class Outline:
+    """Describe a run of `length` elements of one flattened parameter.
 
     `start` is its first element, `shape` that of the whole parameter (this tensor-parallel rank's
-    slice); `tensors` are flat views of the live weight and moments (keys as in `KINDS`).
+    slice).
+    """
+
+    name: str
+    start: int
+    shape: tuple[int, ...]
+    length: int
+
+    @property
+    def written_shape(self) -> tuple[int, ...]:
+        """Return the shape in which the run is written: the parameter's if it is all of it."""
+        return self.shape if self.length == math.prod(self.shape) else (self.length,)
+
+
+@dataclass
+class Fragment:
+    """Represent a run of one flattened parameter, as `Outline` describes it; `tensors` are flat
+    views of the live weight and moments (keys as in `KINDS`).
     """
 
     name: str
@@ -72,23 +91,52 @@ class FragmentedState:
         average = ("ema",) if self.engine.ema is not None else ()
         return ("weight", *MOMENTS, *average)
 
-    def held(self, kinds: Sequence[str] | None = None) -> Iterator[Fragment]:
-        """Yield all fragments in this rank's memory, with their tensors of all or some kinds; at
+    def held(self, kinds: Sequence[str] | None = None, change: bool = False) -> Iterator[Fragment]:
+        """Yield all fragments that this rank keeps, with their tensors of all or some kinds; at
         stage 0 that is its whole slice.
+
+        Tensors are valid until the next fragment is asked for: they may come from a disk, to which
+        they return if the caller will `change` them.
         """
-        for fragment in self._fragments(self.kinds if kinds is None else kinds):
+        for fragment in self._fragments(self.kinds if kinds is None else kinds, change):
             if fragment.length:
                 yield fragment
 
-    def _fragments(self, kinds: Sequence[str]) -> Iterator[Fragment]:
+    def _fragments(self, kinds: Sequence[str], change: bool = False) -> Iterator[Fragment]:
         """Yield this rank's fragment of each parameter, in the same order on all ranks; empty where
         other ranks hold the parameter.
         """
-        for flat, runs in self._lines():
-            line = {kind: self._tensor(flat, kind) for kind in kinds}
-            for parameter, shape, start, offset, length in runs:
-                pieces = {kind: tensor[offset : offset + length] for kind, tensor in line.items()}
-                yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
+        for number, (flat, runs) in enumerate(self._lines()):
+            with self._in_memory(number, change):
+                line = {kind: self._tensor(flat, kind) for kind in kinds}
+                for parameter, shape, start, offset, length in runs:
+                    pieces = {
+                        kind: tensor[offset : offset + length] for kind, tensor in line.items()
+                    }
+                    yield Fragment(self.names[id(parameter)], start, tuple(shape), pieces)
+
+    @contextlib.contextmanager
+    def _in_memory(self, number: int, change: bool) -> Iterator[None]:
+        """Have an fp32 tensor and its moments in memory within the context; if they `change`, write
+        them back and round the weights into those that the model computes with.
+        """
+        if self.stage < 3:
+            yield
+            return
+
+        swapped = self.zero._swappable_optimizer_subgroup(number)
+        if swapped:
+            self.zero._optimizer_states_and_gradient_swap_in(number)
+
+        try:
+            yield
+            if change:
+                self.zero._reassign_or_swap_out_partitioned_parameters(number)
+        finally:
+            if swapped and change:
+                self.zero._optimizer_states_and_gradient_swap_out(number)
+            elif swapped:
+                self.zero._release_swap_buffers(number)
 
     def _tensor(self, flat: torch.Tensor, kind: str) -> torch.Tensor:
         """Return what belongs to an fp32 tensor that Adam updates, flat: itself ("weight"), one of
@@ -101,22 +149,53 @@ class FragmentedState:
         return self._moments(flat)[kind].view(-1)
 
     def tensors(self) -> Iterator[torch.Tensor]:
-        """Iterate over the fp32 tensors of this rank that Adam updates."""
-        return (flat for flat, _ in self._lines())
+        """Iterate over the fp32 tensors of this rank that Adam updates; each is in memory until the
+        next is asked for.
+        """
+        for number, (flat, _) in enumerate(self._lines()):
+            with self._in_memory(number, change=False):
+                yield flat
 
     def owned(self) -> Iterator[Fragment]:
-        """Yield the fragments that this rank saves; over all ranks, each element appears once."""
+        """Yield the fragments that this rank saves; over all ranks, each element appears once.
+
+        Their tensors are valid until the next fragment is asked for.
+        """
         return (f for f in map(self._own_part, self.held()) if f.length)
 
+    def outline(self) -> list[Outline]:
+        """Describe the fragments that `owned` yields, in its order, without their tensors."""
+        found = []
+
+        for _, runs in self._lines():
+            for parameter, shape, start, _, length in runs:
+                first, last = self._own_range(length)
+                if first < last:
+                    name = self.names[id(parameter)]
+                    found.append(Outline(name, start + first, tuple(shape), last - first))
+
+        return found
+
+    @property
+    def on_disk(self) -> bool:
+        """Check whether the optimizer's state is on an NVMe disk."""
+        return self.stage == 3 and self.zero.swap_optimizer
+
     def _own_part(self, fragment: Fragment) -> Fragment:
-        """Return the part of a fragment that no other rank has: at stage 0 all ranks hold all."""
+        """Return the part of a fragment that no other rank has."""
+        return fragment.part(*self._own_range(fragment.length))
+
+    def _own_range(self, length: int) -> tuple[int, int]:
+        """Return (first, last + 1) of the elements of a fragment that no other rank has: at stage 0
+        all ranks hold all.
+        """
         if self.stage:
-            return fragment
+            return 0, length
 
-        share = -(-fragment.length // self.state.data_size)
-        first, last = (min(share * (self.state.data_rank + i), fragment.length) for i in (0, 1))
+        share = -(-length // self.state.data_size)
+        first, last = (min(share * (self.state.data_rank + i), length) for i in (0, 1))
 
-        return fragment.part(first, last)
+        return first, last
 
     def _lines(
         self,
@@ -163,7 +242,7 @@ class FragmentedState:
 
     def scalars(self) -> dict[str, Any]:
         """Return Adam's step count and, under fp16, the loss scaler's state."""
-        steps = {float(self._moments(flat)["step"]) for flat, _ in self._lines()}
+        steps = {float(self.adam.state[flat].get("step", 0.0)) for flat, _ in self._lines()}
         if len(steps) != 1:
             raise RuntimeError(
                 f"Adam has taken different numbers of steps in its groups: {sorted(steps)}"
@@ -181,10 +260,9 @@ class FragmentedState:
     @torch.no_grad()
     def fill_weights(self, source: Source) -> None:
         """Fill in the weights to start from; moments and average do not exist yet."""
-        for fragment in self.held(["weight"]):
-            self._read_into(fragment, source)
-
-        self._refresh_model()
+        with self._refreshing_model():
+            for fragment in self.held(["weight"], change=True):
+                self._read_into(fragment, source)
 
     def _read_into(self, fragment: Fragment, source: Source) -> None:
         place = (self.state.tensor_rank, self.state.tensor_size)
@@ -198,15 +276,14 @@ class FragmentedState:
     @torch.no_grad()
     def fill(self, source: Source, scalars: dict[str, Any]) -> None:
         """Fill in weights, moments and scalars from a checkpoint of any layout and precision."""
-        for fragment in self.held():
-            self._read_into(fragment, source)
+        with self._refreshing_model():
+            for fragment in self.held(change=True):
+                self._read_into(fragment, source)
 
         for flat, _ in self._lines():
-            self._moments(flat)["step"].fill_(scalars["adam_step"])
+            self.adam.state[flat]["step"].fill_(scalars["adam_step"])
         if self.engine.precision == "fp16" and "loss_scaler" in scalars:
             vars(self.zero.loss_scaler).update(scalars["loss_scaler"])
-
-        self._refresh_model()
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module, kind: str = "weight") -> None:
@@ -222,23 +299,19 @@ class FragmentedState:
             whole[fragment.start : fragment.start + len(own)] = own
             target.copy_(self.state.sum_over_data(whole).view_as(target))
 
-    def _refresh_model(self) -> None:
-        """Cast the fp32 weights to those the model computes with, as DeepSpeed does at the end of a
-        step.
+    @contextlib.contextmanager
+    def _refreshing_model(self) -> Iterator[None]:
+        """Cast the fp32 weights that change within the context to those the model computes with, as
+        DeepSpeed does at the end of a step; at stage 3 `_in_memory` casts them.
         """
+        if self.stage == 3:
+            self.zero.checkpoint_event_prologue()  # split parameters that every rank keeps whole,
+        yield
         if self.stage == 0:
             self.engine.update.refresh_model()
         elif self.stage < 3:
             self.zero.update_lp_params()
         else:
-            self.zero.checkpoint_event_prologue()  # split parameters that every rank keeps whole,
-            for flat, low in zip(
-                self.zero.fp32_partitioned_groups_flat,
-                self.zero.fp16_partitioned_groups_flat,
-                strict=True,
-            ):
-                low.copy_(flat)
-
             self.zero.checkpoint_event_epilogue()  # and gather them again with their new values
 
 

@@ -176,7 +176,9 @@ class Trainer:
             return
 
         self.watchdog.enter("save", self.progress.step)
-        self.checkpoints.save(self.engine, self.progress, prune=not self.bad_steps)
+        self.checkpoints.save(
+            self.engine, self.progress, prune=not self.bad_steps, alive=self.watchdog.beat
+        )
         self.stopping.saved()
         self.save_is_owed = False
 

@@ -46,7 +46,7 @@ class ModelPlan:
 
     def whole(self, streams: RandomStreams, device: torch.device, dtype: torch.dtype) -> InterBert:
         """Build the model with this rank's whole tensor-parallel slice, not filled."""
-        return give_memory(on_meta(lambda: self.make(streams)).to(dtype), device)
+        return give_memory(on_meta(lambda: self.make(streams)), device, dtype)
 
     def filled(self, streams: RandomStreams, device: torch.device, dtype: torch.dtype) -> InterBert:
         """Build the model with this rank's whole slice and its first weights."""
@@ -107,10 +107,16 @@ def working_dtype(config: TrainConfig) -> torch.dtype:
 
 
 def build_model(
-    plan: ModelPlan, config: TrainConfig, streams: RandomStreams, device: torch.device
+    plan: ModelPlan,
+    config: TrainConfig,
+    streams: RandomStreams,
+    device: torch.device,
+    settings: dict[str, Any] | None = None,
 ) -> InterBert:
-    """Build the model to train with memory for what this rank keeps of it, not filled."""
-    settings = engine_settings(config, plan.state, plan.without_memory())
+    """Build the model to train with memory for what this rank keeps of it, not filled; `settings`
+    are DeepSpeed's.
+    """
+    settings = settings or engine_settings(config, plan.state, plan.without_memory())
     dtype = working_dtype(config)
     if shards_weights(config, plan.state, settings):
         return plan.sharded(streams, device, dtype, settings)

@@ -25,16 +25,18 @@ from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.pretraining import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Judge, Progress
-from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.first_weights import InitialWeights, open_initial_weights
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.model_plan import ModelPlan, build_model, plan_model
+from megatron_interbert.training.optimizer import elements
 from megatron_interbert.training.resume import find_checkpoint, keep_fitted
 from megatron_interbert.training.run import Run, meet
 from megatron_interbert.training.run_folder import Claim, claim_folder
 from megatron_interbert.training.settling import settle
+from megatron_interbert.training.swap import prepare_swap
 from megatron_interbert.weights.manifest import read_manifest
 
 MakeJob = Callable[[Any, ParallelState], Job]
@@ -108,8 +110,11 @@ def build_engine(run: Run, job: Job, plan: ModelPlan, resume: Path | None = None
         )
         pretrained = weights.pretrained
 
-    model = build_model(plan, config, run.streams, run.device)
-    engine = Engine(model, config, state, pretrained)
+    settings = engine_settings(config, state, names)
+    count = elements(names.parameters())
+    settings = together(state, lambda: prepare_swap(settings, count, state.data_size))
+    model = build_model(plan, config, run.streams, run.device, settings)
+    engine = Engine(model, config, state, pretrained, settings)
     if not resume:
         FragmentedState(engine).fill_weights(weights)
     give_back_memory()

@@ -23,6 +23,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import offloads
 from megatron_interbert.training.master_weights import MasterWeights
 from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, is_sharded
+from megatron_interbert.training.swap import check_swap_files
 
 
 class DeepSpeedUpdate:
@@ -43,13 +44,21 @@ class DeepSpeedUpdate:
         self.engine = engine
 
     def after_backward(self) -> None:
-        """Process the gradients of a micro-batch; DeepSpeed needs nothing here."""
+        """Process the gradients of a micro-batch; DeepSpeed needs nothing here, but may have
+        written them to a disk.
+        """
+        self._check_swap()
+
+    def _check_swap(self) -> None:
+        if getattr(self.engine.optimizer, "swap_optimizer", False):
+            check_swap_files(self.engine.optimizer)
 
     def step(self) -> tuple[float, bool]:
         """Clip and update; return (gradient norm before clipping, whether weights were updated),
         the same on all ranks.
         """
         self.engine.step()
+        self._check_swap()
         norm = self.engine.get_global_grad_norm()
 
         return math.nan if norm is None else float(norm), self.engine.was_step_applied()

@@ -52,39 +52,66 @@ def write_tensors(
     """Write and flush a safetensors file from tensors in the order of `layout`; return
     {bytes, sha256}.
 
-    The safetensors library needs all tensors at once and holds the GIL while it writes; here one
-    tensor is in memory at a time and other threads run. Raises ValueError if a tensor does not
-    match its layout, OSError if the disk is full.
+    Raises ValueError if a tensor does not match its layout, OSError if the disk is full.
     """
-    header = header_of(layout, metadata)
-    digest = hashlib.sha256()
-
-    with open(path, "wb", buffering=0) as handle:
-
-        def put(data: bytes | memoryview) -> None:
-            for start in range(0, len(data), CHUNK):
-                part = memoryview(data)[start : start + CHUNK]
-                digest.update(part)
-                while len(part):
-                    part = part[handle.write(part) :]
-
-        put(header)
+    with TensorWriter(path, layout, metadata) as writer:
         for (name, entry), tensor in zip(layout.items(), tensors, strict=True):
-            if tensor.dtype != entry.dtype or tuple(tensor.shape) != tuple(entry.shape):
-                raise ValueError(
-                    f"{name}: {tensor.dtype} {list(tensor.shape)} given, expected {entry.dtype}"
-                    f" {list(entry.shape)}"
-                )
-
-            put(
-                memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            )
+            writer.write(name, tensor)
             progress(entry.bytes)
 
-        os.fsync(handle.fileno())
-        size = handle.tell()
+        return writer.finish()
 
-    return {"bytes": size, "sha256": digest.hexdigest()}
+
+class TensorWriter:
+    """Write a safetensors file tensor by tensor, in the order of its layout.
+
+    The safetensors library needs all tensors at once and holds the GIL while it writes; here one
+    tensor is in memory at a time and other threads run.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        layout: Mapping[str, TensorLayout],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self._coming = iter(layout.items())
+        self._digest = hashlib.sha256()
+        self._handle = open(path, "wb", buffering=0)
+        self._put(header_of(layout, metadata))
+
+    def __enter__(self) -> "TensorWriter":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._handle.close()
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write the next tensor; ValueError if it is not the one that the layout has next."""
+        expected, entry = next(self._coming, ("no further tensor", None))
+        if name != expected or tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
+            raise ValueError(
+                f"{name}: {tensor.dtype} {list(tensor.shape)} given, expected {expected} {entry}"
+            )
+
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        self._put(memoryview(content.numpy()))
+
+    def finish(self) -> dict[str, Any]:
+        """Flush the file; return {bytes, sha256}. ValueError if tensors are missing."""
+        if missing := next(self._coming, None):
+            raise ValueError(f"{missing[0]}: not written")
+
+        os.fsync(self._handle.fileno())
+
+        return {"bytes": self._handle.tell(), "sha256": self._digest.hexdigest()}
+
+    def _put(self, data: bytes | memoryview) -> None:
+        for start in range(0, len(data), CHUNK):
+            part = memoryview(data)[start : start + CHUNK]
+            self._digest.update(part)
+            while len(part):
+                part = part[self._handle.write(part) :]
 
 
 def header_of(layout: Mapping[str, TensorLayout], metadata: Mapping[str, str] | None) -> bytes:

@@ -1,0 +1,259 @@
+"""Rehearse a pretraining run of any size without its machines: shapes, memory, communication.
+
+    interbert dry-run --world-size 512 --tensor-model-parallel-size 8 --model base --data-path STORE
+    interbert dry-run --world-size 512 --ranks all --config run.yaml
+
+It takes the flags of pretrain. Each rank is rehearsed in turn with this project's model and
+DeepSpeed's engine, on tensors that have shapes and no content, with a process group whose other
+ranks do not exist. Ranks that would call different collectives, and so hang, are found before a
+GPU is paid for. Activations are those of plain torch operations: fused GPU kernels keep less.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+from megatron_interbert.command_line import parse
+from megatron_interbert.config.options import AUTO, option
+from megatron_interbert.config.training import RunConfig
+from megatron_interbert.data.order import MicroBatches
+from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_output, json_text, write_output
+from megatron_interbert.machines.processes import aligned, quiet_libraries
+from megatron_interbert.parallel.agreement import some
+from megatron_interbert.progress import progress
+from megatron_interbert.tasks.pretraining import pretraining_job
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.deepspeed_config import agree_with_json, merge
+from megatron_interbert.training.memory import Memory, predict, rank_parameters
+from megatron_interbert.training.micro_batch import layout_of
+from megatron_interbert.training.model_plan import plan_model
+from megatron_interbert.virtual.comparison import first_difference, missing_or_double
+from megatron_interbert.virtual.rank import HERE, Rehearsal, VirtualState, one_of, rehearse
+from megatron_interbert.virtual.tracking import Volumes
+
+GIB = 2**30
+
+
+@dataclass
+class DryRunConfig(RunConfig):
+    """Hold the flags of the run and those of the rehearsal."""
+
+    world_size: int = option(1, "processes the run will have", least=1, group="dry run")
+    ranks: str = option(
+        "",
+        "ranks to rehearse, comma-separated, or all; default: all of the first tensor-parallel"
+        " group, and the last rank",
+        group="dry run",
+    )
+    processes: int = option(
+        0, "ranks rehearsed at a time; default: one per core", least=0, group="dry run"
+    )
+    output: str = option("", "JSON file for the figures", group="dry run")
+
+    def check(self) -> None:
+        """Raise UsageError for settings that contradict each other or have no meaning."""
+        super().check()
+        if self.world_size % self.tensor_model_parallel_size:
+            raise UsageError(
+                f"--world-size {self.world_size} is not a multiple of --tensor-model-parallel-size"
+                f" {self.tensor_model_parallel_size}; change one of them"
+            )
+        if self.micro_batch_size == AUTO:
+            raise UsageError("--micro-batch-size auto is found by trial on a device; give a number")
+
+        self.chosen_ranks()
+
+    def chosen_ranks(self) -> list[int]:
+        """Return the ranks to rehearse; UsageError if one does not exist."""
+        if self.ranks == "all":
+            return list(range(self.world_size))
+        if not self.ranks:
+            return sorted({*range(self.tensor_model_parallel_size), self.world_size - 1})
+
+        words = [word.strip() for word in self.ranks.split(",") if word.strip()]
+        wrong = [w for w in words if not w.isdecimal() or int(w) >= self.world_size]
+        if wrong or not words:
+            raise UsageError(
+                f"--ranks {self.ranks}: expected all, or numbers from 0 to {self.world_size - 1}"
+            )
+
+        return sorted({int(word) for word in words})
+
+
+def settle(config: DryRunConfig) -> None:
+    """Settle batch sizes and ZeRO stage as the run would."""
+    agree_with_json(config)
+    config.data_parallel_size = config.world_size // config.tensor_model_parallel_size
+    config.fit_zero_stage(config.world_size)
+    merge(config, config.data_parallel_size)
+    config.kernels = "torch"
+
+
+def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
+    """Rehearse one rank in this process; return what it did, or why it cannot run."""
+    config, rank = task
+    torch.set_num_threads(1)
+
+    try:
+        with one_of(config.world_size, rank):
+            state = VirtualState(config.tensor_model_parallel_size, config.sequence_parallel)
+            job = pretraining_job(config, state)
+            plan = plan_model(config, job, state, HERE)
+            return rehearse(config, job, plan, state, micro_batches(config, job, state))
+    except UsageError as error:
+        return str(error)
+
+
+def micro_batches(config: DryRunConfig, job: Job, state: VirtualState) -> list[PackedBatch]:
+    """Read the micro-batches of a rank's first step."""
+    stream = MicroBatches(
+        0, config.global_batch_size, config.micro_batch_size, state.data_rank, state.data_size
+    )
+    positions = iter(stream)
+    steps = config.accumulation_steps(state.data_size)
+    order = job.samples.order
+
+    return [to_batch(job.samples.fields(order.pairs(next(positions), 0))) for _ in range(steps)]
+
+
+def rehearse_all(config: DryRunConfig) -> list[Rehearsal]:
+    """Rehearse the chosen ranks, each in a process of its own; UsageError if one cannot run."""
+    ranks = config.chosen_ranks()
+    context = multiprocessing.get_context("fork")
+    at_once = min(config.processes or len(os.sched_getaffinity(0)), len(ranks))
+    found = []
+
+    with context.Pool(at_once, maxtasksperchild=1) as pool:
+        tasks = [(config, rank) for rank in ranks]
+        results: Iterator[Rehearsal | str] = pool.imap(rehearse_rank, tasks)
+        for result in progress(results, total=len(ranks), desc="ranks", unit="rank"):
+            if isinstance(result, str):
+                raise UsageError(f"rank {ranks[len(found)]}: {result}")
+            found.append(result)
+
+    return found
+
+
+def planned_memory(config: DryRunConfig, rehearsal: Rehearsal) -> Memory:
+    """Predict the memory of a rank by arithmetic."""
+    layout = layout_of(config, config.data_parallel_size, rehearsal.kernels)
+    return predict(rehearsal.sizes, layout, rehearsal.load)
+
+
+def describe(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
+    """Return the lines of the report."""
+    first = rehearsals[0]
+    largest = max(rehearsals, key=lambda one: one.peak)
+    planned = planned_memory(config, largest)
+    tensor = config.tensor_model_parallel_size
+    each = rank_parameters(first.sizes, tensor)
+    precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
+
+    return [
+        (
+            f"layout: DP{config.data_parallel_size} x TP{tensor} ({config.world_size} ranks),"
+            f" ZeRO-{config.zero_stage}, {precision}; {each / 1e6:.1f} M parameters a"
+            " tensor-parallel rank"
+        ),
+        (
+            f"memory of a rank: {largest.states / GIB:.2f} GiB between steps, peak"
+            f" {largest.peak / GIB:.2f} (planned {planned.peak / GIB:.2f}), rank {largest.rank}"
+        ),
+        f"collectives of a step of rank {first.rank}, with the bytes that it gives in:",
+        *table(Volumes.of(first.collectives)),
+    ]
+
+
+def table(volumes: Volumes) -> list[str]:
+    """Return the lines of a table of collectives."""
+    rows = [("operation", "group", "calls", "MB")]
+    for (operation, group), calls in sorted(volumes.calls.items()):
+        size = volumes.bytes[operation, group]
+        rows.append((operation, group, calls, f"{size / 1e6:.3f}"))
+
+    return aligned(rows)
+
+
+def check_together(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
+    """Return lines on what was compared; UsageError if ranks disagree or lose parameters."""
+    names = [one.rank for one in rehearsals]
+    if difference := first_difference(rehearsals):
+        raise UsageError(f"the run would hang: {difference}")
+
+    lines = [f"order of collectives: the same on ranks {some(names)}"]
+    if len(names) < config.world_size:
+        return [*lines, "checkpoint: what all ranks save is checked with --ranks all"]
+
+    outlines = {(one.tensor_rank, one.data_rank): one.outline for one in rehearsals}
+    if problem := missing_or_double(outlines, rehearsals[0].shapes):
+        raise UsageError(f"a checkpoint would be wrong: {problem}")
+
+    return [*lines, "checkpoint: each element of weights and moments is saved once"]
+
+
+def record(config: DryRunConfig, rehearsals: list[Rehearsal]) -> dict[str, Any]:
+    """Return the figures as a JSON object; memory and volumes in bytes."""
+    volumes = Volumes.of(rehearsals[0].collectives)
+    return {
+        "world_size": config.world_size,
+        "ranks": [
+            {
+                "rank": one.rank,
+                "states": one.states,
+                "peak": one.peak,
+                "planned": planned_memory(config, one).peak,
+            }
+            for one in rehearsals
+        ],
+        "collectives": [
+            {
+                "operation": operation,
+                "group": group,
+                "calls": calls,
+                "bytes": volumes.bytes[operation, group],
+            }
+            for (operation, group), calls in sorted(volumes.calls.items())
+        ],
+    }
+
+
+def dry_run(config: DryRunConfig) -> None:
+    """Rehearse and report."""
+    if config.output:
+        check_output(Path(config.output), "--output")
+
+    deepspeed.accelerator.set_accelerator(CPU_Accelerator())
+    quiet_libraries()
+    settle(config)
+    print(*config.notes, sep="\n", end="\n" * bool(config.notes), flush=True)
+    rehearsals = rehearse_all(config)
+    print(*describe(config, rehearsals), sep="\n", flush=True)
+    print(*check_together(config, rehearsals), sep="\n", flush=True)
+    if config.output:
+        write_output(Path(config.output), json_text(record(config, rehearsals)), "--output")
+
+
+def run() -> None:
+    """Parse the flags and run."""
+    about = str(__doc__)
+    config = parse(DryRunConfig, about)
+    config.check()
+    dry_run(config)
+
+
+def main() -> None:
+    """Run the entry point: one-line errors, exit code 2 for wrong use."""
+    run_entry(run)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,164 @@
+"""Prepare offload to NVMe disks (ZeRO-Infinity): DeepSpeed's I/O library, a folder of this process
+for its swap files, and room for them.
+
+DeepSpeed does not look at the results of its reads and writes: on a full disk weights would be lost
+without a word. So the room is checked before a run starts, and the files' sizes after every step.
+"""
+
+import atexit
+import contextlib
+import fcntl
+import functools
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch.utils.cpp_extension
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.files import open_folder, open_lock, take_lock
+from megatron_interbert.parallel.launch import read_launch
+from megatron_interbert.training.deepspeed_config import offload_blocks
+
+PREFIX = "interbert-swap-"  # of the folder of one process, which it keeps locked
+OPTIMIZER_BYTES = 16  # per parameter: fp32 weight, two moments and gradient
+PARAMETER_BYTES = 2
+ROOM = 1.05  # files are padded, and a file system needs some of its own
+
+
+def prepare_swap(settings: dict[str, Any], parameters: int, ranks: int) -> dict[str, Any]:
+    """Return DeepSpeed's configuration with folders of this process's own for what it offloads to
+    NVMe disks; the same configuration if it offloads nothing there.
+
+    `parameters` is their number in the model that `ranks` share. Raises UsageError if the I/O
+    library cannot be built, or a disk lacks room.
+    """
+    blocks = {n: b for n, b in offload_blocks(settings).items() if b.get("device") == "nvme"}
+    if not blocks:
+        return settings
+
+    load_library()
+    needed: dict[str, int] = {}
+    for name, block in blocks.items():
+        each = OPTIMIZER_BYTES if name == "offload_optimizer" else PARAMETER_BYTES
+        path = block["nvme_path"]
+        needed[path] = needed.get(path, 0) + each * parameters // ranks
+
+    for path, count in needed.items():
+        check_room(Path(path), math.ceil(count * ROOM) * read_launch().local_size)
+
+    zero = dict(settings["zero_optimization"])
+    for name, block in blocks.items():
+        zero[name] = {**block, "nvme_path": str(own_folder(block["nvme_path"]))}
+
+    return {**settings, "zero_optimization": zero}
+
+
+def check_room(path: Path, needed: int) -> None:
+    """Raise UsageError if a disk has fewer than `needed` bytes for the processes of this machine,
+    not counting what runs that were killed have left there.
+    """
+    remove_leftovers(path)
+    free = shutil.disk_usage(path).free
+
+    if free < needed:
+        raise UsageError(
+            f"nvme_path {path}: {free / 1e9:.1f} GB free, the optimizer's state and the parameters"
+            f" that are offloaded there need {needed / 1e9:.1f} GB on this machine; make room, or"
+            " use more machines"
+        )
+
+
+@functools.cache
+def own_folder(path: str) -> Path:
+    """Make this process's folder in `path`; it is removed when the process ends, or, if that is
+    killed, by the next run.
+    """
+    try:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=path))
+    except OSError as error:
+        raise UsageError(f"nvme_path {path}: cannot be written ({error.strerror})") from error
+
+    take_lock(open_folder(folder))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+
+    return folder
+
+
+def remove_leftovers(path: Path) -> None:
+    """Remove the swap folders of processes that were killed: nobody holds their locks."""
+    for folder in path.glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            handle = open_folder(folder)
+            try:
+                if take_lock(handle):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(handle)
+
+
+def load_library() -> None:
+    """Build and load DeepSpeed's asynchronous I/O; processes of a machine build one at a time.
+
+    A build that was killed leaves a lock of torch's on which the next one would wait for ever, so
+    that is removed. Raises UsageError if libaio or a compiler is missing.
+    """
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        raise UsageError(
+            "offload to nvme needs libaio and a C++ compiler to build DeepSpeed's I/O library"
+            " (Debian, Ubuntu: apt-get install libaio-dev g++); install them, or offload to 'cpu'"
+        )
+
+    root = Path(torch.utils.cpp_extension._get_build_directory("async_io", verbose=False)).parent
+    with waiting_lock(root / "megatron_interbert.lock"):
+        for name in ("async_io", "pin_memory"):
+            (root / name / "lock").unlink(missing_ok=True)
+        AsyncIOBuilder().load(verbose=False)
+
+
+@contextlib.contextmanager
+def waiting_lock(path: Path) -> Iterator[None]:
+    """Hold a file's lock, after waiting for the process that has it."""
+    handle = open_lock(path)
+
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def swap_files(optimizer: Any) -> Iterator[tuple[Path, int]]:
+    """Yield each swap file that DeepSpeed's stage-3 optimizer has written, and its full size."""
+    swapper = optimizer.optimizer_swapper
+    element = swapper.swap_element_size
+
+    for info in swapper.swap_params_info.values():
+        whole = swapper._io_aligned_numel(info.numel()) * element
+        for path in info.get_swap_paths():
+            yield Path(path), whole
+        for gradient in info.swapped_gradients.values():
+            yield Path(gradient.path), gradient.length * element
+
+
+def check_swap_files(optimizer: Any) -> None:
+    """Raise TrainingStopped if a swap file is shorter than what was written to it: the disk was
+    full, and the state on it is lost.
+    """
+    for path, size in swap_files(optimizer):
+        found = path.stat().st_size if path.exists() else 0
+        if found < size:
+            folder = path.parents[3].parent
+            free = shutil.disk_usage(folder).free
+            error = TrainingStopped(
+                f"{folder}: a swap file has {found} of {size} bytes, {free / 1e9:.2f} GB free: the"
+                " disk is full. The state of this step is lost; make room and run the same command"
+                " again to resume from the newest checkpoint"
+            )
+            error.local = True
+            raise error

@@ -1,0 +1,178 @@
+"""Run steps of one virtual rank: DeepSpeed's real engine and this project's real model, with fake
+tensors and a fake process group.
+
+Fake tensors have shapes, types and no content, so a rank of any size runs on a laptop; a fake group
+takes every collective and does nothing. Whatever depends on values is given some: norms are 1.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any
+from unittest import mock
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.machines.processes import leave_out_shared_memory
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.engine import Engine, engine_settings
+from megatron_interbert.training.fragments import FragmentedState, Outline
+from megatron_interbert.training.memory import Load
+from megatron_interbert.training.micro_batch import load_of
+from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.virtual.tracking import Collective, Tracker
+
+HERE = torch.device("cpu")
+
+
+@dataclass
+class Rehearsal:
+    """Hold what a virtual rank did in its last step: bytes of what stays between steps and of the
+    peak, collectives in order, the load of its largest micro-batch, and the runs that it saves.
+    """
+
+    rank: int
+    tensor_rank: int
+    data_rank: int
+    sizes: ModelConfig
+    shapes: dict[str, tuple[int, ...]]  # of the parameters' tensor-parallel slices
+    kernels: Kernels
+    states: int = 0
+    peak: int = 0
+    collectives: list[Collective] = field(default_factory=list)
+    load: Load | None = None
+    outline: list[Outline] = field(default_factory=list)
+
+
+class VirtualState(ParallelState):
+    """Be one of many ranks whose others do not exist: what is gathered is this rank's own."""
+
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        return [value] * self.world_size
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Return the name of each group by torch's name of it."""
+        return {
+            self.tensor_group.group_name: "tensor",
+            self.data_group.group_name: "data",
+        }
+
+
+class ShapesOnly(FakeTensorMode):
+    """Give every value that a computation asks for as 1."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return torch.ones((), dtype=args[0].dtype).item()
+        return super().__torch_dispatch__(func, types, args, kwargs or {})
+
+
+@contextlib.contextmanager
+def one_of(world_size: int, rank: int) -> Iterator[None]:
+    """Make this process one of `world_size` ranks within the context, without the others."""
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
+    meeting = {"MASTER_ADDR": socket.gethostname(), "MASTER_PORT": 29500}
+    variables = {name: str(value) for name, value in (place | meeting).items()}
+
+    with mock.patch.dict(os.environ, variables):
+        dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+        try:
+            leave_out_shared_memory()
+            deepspeed.init_distributed(dist_backend="gloo", verbose=False)
+            yield
+        finally:
+            dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def without_values() -> Iterator[ShapesOnly]:
+    """Let DeepSpeed work on fake tensors within the context: it looks at their addresses, and
+    compares lists with those of rank 0.
+    """
+    utils = "deepspeed.runtime.zero.utils"
+    with (
+        ShapesOnly(allow_non_fake_inputs=True) as mode,
+        mock.patch.object(FakeTensor, "data_ptr", lambda tensor: 0),
+        mock.patch(f"{utils}.assert_lst_len_same_as_other_ranks"),
+        mock.patch(f"{utils}.get_lst_from_rank0", side_effect=list),
+    ):
+        yield mode
+
+
+def rehearse(
+    config: TrainConfig,
+    job: Job,
+    plan: ModelPlan,
+    state: VirtualState,
+    micro_batches: list[PackedBatch],
+) -> Rehearsal:
+    """Build a rank's engine and run one step with Adam's moments in place."""
+    names = plan.without_memory()
+    shapes = {name: tuple(parameter.shape) for name, parameter in names.named_parameters()}
+    place = (state.rank, state.tensor_rank, state.data_rank)
+    found = Rehearsal(*place, job.model_config, shapes, plan.kernels)
+    streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank)
+
+    with without_values() as mode, Tracker(state.names) as tracker:
+        settings = engine_settings(config, state, names)
+        model = build_model(plan, config, streams, HERE, settings)
+        model.to = lambda *_, **__: model  # fake parameters cannot be moved, nor need to be
+        engine = Engine(model, config, state, settings=settings)
+        held = FragmentedState(engine)
+        found.outline = held.outline()
+        for _ in held.held():  # creates the moments
+            pass
+
+        tracker.collectives.clear()
+        found.states = tracker.live
+        tracker.mark()
+        run_step(engine, job, [as_fake(mode, batch) for batch in micro_batches], streams)
+        found.peak = tracker.mark()
+        found.collectives = list(tracker.collectives)
+
+    found.load = max((load_of(batch) for batch in micro_batches), key=lambda load: load.samples)
+
+    return found
+
+
+def run_step(
+    engine: Engine, job: Job, micro_batches: list[PackedBatch], streams: RandomStreams
+) -> None:
+    """Run an optimizer step as the training loop does."""
+    counts = torch.stack([job.task.count_targets(batch) for batch in micro_batches]).sum(dim=0)
+    totals = engine.state.sum_over_data(counts)
+    streams.start_step(1)
+
+    for number, batch in enumerate(micro_batches):
+        loss, _ = job.task.loss(engine.forward(batch), batch, totals)
+        engine.backward(loss, last=number == len(micro_batches) - 1)
+        del loss
+
+    engine.step(1e-4)
+
+
+def as_fake(mode: FakeTensorMode, batch: PackedBatch) -> PackedBatch:
+    """Return a batch with fake tensors in place of its own."""
+    return PackedBatch(
+        **{
+            entry.name: mode.from_tensor(value)
+            if isinstance(value := getattr(batch, entry.name), torch.Tensor)
+            else value
+            for entry in fields(batch)
+        }
+    )

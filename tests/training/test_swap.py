@@ -1,0 +1,195 @@
+"""Test offload to NVMe disks: the same losses as without, saving and resuming from there, and no
+loss in silence when a disk is full.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from deepspeed.ops.op_builder import AsyncIOBuilder
+
+from megatron_interbert.config.training import RunConfig
+from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.training import swap
+from tests.dist import run_on_ranks
+from tests.sizes import MEASURABLE as SIZES
+
+SAVED = 2
+LAST = 4
+
+needs_library = pytest.mark.skipif(
+    not AsyncIOBuilder().is_compatible(verbose=False),
+    reason="no libaio or compiler (apt-get install libaio-dev g++)",
+)
+
+
+class Run:
+    """Train a model of 9 M parameters on random samples through the engine."""
+
+    def __init__(self, folder: str, name: str, device: str, load: str = "") -> None:
+        from megatron_interbert.parallel.rng import RandomStreams
+        from megatron_interbert.tasks.pretraining import PretrainingTask
+        from megatron_interbert.tasks.task import Job
+        from megatron_interbert.training.checkpoint import Checkpoints, Progress
+        from megatron_interbert.training.engine import Engine, engine_settings
+        from megatron_interbert.training.fragments import FragmentedState
+        from megatron_interbert.training.model_plan import ModelPlan, build_model
+        from megatron_interbert.training.optimizer import elements
+
+        self.state = ParallelState()
+        self.streams = RandomStreams(0, self.state.data_rank)
+        self.task = PretrainingTask()
+        self.config = RunConfig(
+            micro_batch_size=2,
+            bf16=True,
+            zero_stage=3,
+            save=f"{folder}/{name}",
+            deepspeed_config=f"{folder}/{device}.json",
+            nvme_path=f"{folder}/nvme",
+            ema_decay=0.9,
+        )
+        job = Job(self.task, None, SIZES, ("msm", "mrm", "itm"), {}, "")
+        plan = ModelPlan(job, self.state, Kernels(), 0, recompute=False)
+        names = plan.without_memory()
+        settings = engine_settings(self.config, self.state, names)
+        settings = swap.prepare_swap(settings, elements(names.parameters()), self.state.data_size)
+        model = build_model(plan, self.config, self.streams, torch.device("cpu"), settings)
+        self.engine = Engine(model, self.config, self.state, settings=settings)
+        described = {"store": "", "manifest_sha256": "s", "vocabulary": "v", "detector": {}}
+        vocabulary = f"{folder}/vocab.txt"
+        self.checkpoints = Checkpoints(self.config, SIZES, self.state, described, vocabulary)
+        self.progress = Progress()
+        if load:
+            self.progress = self.checkpoints.load(self.engine, Path(load))
+        else:
+            FragmentedState(self.engine).fill_weights(plan.first_weights)
+
+    def train(self, last: int) -> list[tuple[float, float]]:
+        """Train up to step `last`; return each step's loss and gradient norm."""
+        from megatron_interbert.data.packing import pack
+        from megatron_interbert.training.fragments import FragmentedState
+        from tools.benchmarks.batches import random_examples
+
+        results = []
+        for step in range(self.progress.step + 1, last + 1):
+            self.streams.start_step(step)
+            seed = 10 * step + self.state.data_rank
+            batch = pack(random_examples(SIZES, 2, (8, 20), (10, 36), seed=seed), SIZES.feature_dim)
+            totals = self.state.sum_over_data(batch.target_counts())
+            loss = self.task.loss(self.engine.forward(batch), batch, totals)[0]
+            self.engine.backward(loss, last=True)
+            norm, _ = self.engine.step(1e-3)
+            self.engine.ema.update(step, FragmentedState(self.engine).tensors())
+            results.append((float(self.state.sum_over_data(loss.detach())), norm))
+            self.progress.step = step
+
+        return results
+
+    def save(self) -> None:
+        self.checkpoints.save(self.engine, self.progress)
+        self.checkpoints.wait()
+        assert self.checkpoints.newest, self.checkpoints.messages()
+
+
+def swapped(device: str) -> dict:
+    """Return a DeepSpeed JSON that offloads to `device`: none, cpu, optimizer or all (to nvme)."""
+    zero = {"stage": 3, "sub_group_size": 1_000_000}
+    if device != "none":
+        where = "cpu" if device == "cpu" else "nvme"
+        zero["offload_optimizer"] = {"device": where, "nvme_path": "auto"}
+    if device == "all":
+        zero["offload_param"] = {"device": "nvme", "nvme_path": "auto", "buffer_size": 2_000_000}
+
+    return {"zero_optimization": zero}
+
+
+def train_everywhere(folder: str) -> None:
+    """Train, save and resume with each kind of offload; a resumed run must continue bit for bit,
+    and all kinds agree.
+    """
+    from megatron_interbert.machines.processes import start_processes
+
+    start_processes()
+    undisturbed = {}
+
+    for device in ("none", "cpu", "optimizer", "all"):
+        run = Run(folder, device, device)
+        before = run.train(SAVED)
+        run.save()
+        undisturbed[device] = before + run.train(LAST)
+        if device in ("optimizer", "all"):
+            check_files(run, folder)
+
+    for device, results in undisturbed.items():
+        assert results == pytest.approx(undisturbed["none"], rel=1e-5), (device, undisturbed)
+    for source, target in (("all", "all"), ("all", "none"), ("none", "optimizer")):
+        path = f"{folder}/{source}/global_step{SAVED}"
+        results = Run(folder, f"{source}-{target}", target, load=path).train(LAST)
+        assert results == undisturbed[target][SAVED:], (source, target)
+
+
+def check_files(run: Run, folder: str) -> None:
+    """Check that state is on the disk, and that a file that is cut short ends the run."""
+    files = dict(swap.swap_files(run.engine.deepspeed.optimizer))
+    assert files
+    assert all(path.is_relative_to(f"{folder}/nvme") for path in files)
+    assert sum(path.stat().st_size for path in files) > 12 * 4_000_000
+    swap.check_swap_files(run.engine.deepspeed.optimizer)
+
+    path = next(iter(files))
+    content = path.read_bytes()
+    path.write_bytes(content[:-4096])
+    with pytest.raises(TrainingStopped, match="the disk is full"):
+        swap.check_swap_files(run.engine.deepspeed.optimizer)
+    path.write_bytes(content)
+
+
+@needs_library
+def test_offload_to_nvme(tmp_path: Path) -> None:
+    (tmp_path / "nvme").mkdir()
+    (tmp_path / "vocab.txt").write_text("x\n")
+    for device in ("none", "cpu", "optimizer", "all"):
+        (tmp_path / f"{device}.json").write_text(json.dumps(swapped(device)))
+
+    run_on_ranks(2, train_everywhere, str(tmp_path))
+    assert not any((tmp_path / "nvme").iterdir()), "swap files are removed when a run ends"
+
+
+@needs_library
+def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(swap, "load_library", lambda: None)
+    settings = {
+        "zero_optimization": {"offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    }
+    with pytest.raises(UsageError, match=r"GB free, the optimizer's state .* need 168000\.0 GB"):
+        swap.prepare_swap(settings, 10**13, 1)
+    assert not any(tmp_path.iterdir())
+
+    prepared = swap.prepare_swap(settings, 1000, 1)
+    own = Path(prepared["zero_optimization"]["offload_optimizer"]["nvme_path"])
+    assert own.parent == tmp_path
+    swap.remove_leftovers(tmp_path)
+    assert own.is_dir(), "this process holds its lock"
+
+    (tmp_path / f"{swap.PREFIX}killed").mkdir()
+    swap.remove_leftovers(tmp_path)
+    assert [own] == list(tmp_path.iterdir())
+
+
+def test_what_offload_needs_is_said(tmp_path: Path) -> None:
+    """Check the messages for a stage that cannot offload, and for a missing folder."""
+    from megatron_interbert.training.deepspeed_config import merge
+
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(swapped("optimizer")))
+    config = RunConfig(deepspeed_config=str(file), bf16=True, micro_batch_size=1)
+    with pytest.raises(UsageError, match=r"nvme_path is '', expected a folder .* --nvme-path"):
+        merge(config, 1)
+
+    zero = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    with pytest.raises(UsageError, match="offload_optimizer to nvme needs ZeRO stage 3"):
+        merge(RunConfig(deepspeed_config=str(file), bf16=True, micro_batch_size=1), 1)
