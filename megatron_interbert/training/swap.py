@@ -147,9 +147,11 @@ def swap_files(optimizer: Any) -> Iterator[tuple[Path, int]]:
 
 
 def check_swap_files(optimizer: Any) -> None:
-    """Raise TrainingStopped if a swap file is shorter than what was written to it: the disk was
-    full, and the state on it is lost.
+    """Wait until all is written, and raise TrainingStopped if a swap file is shorter than what was
+    written to it: the disk was full, and the state on it is lost.
     """
+    optimizer.optimizer_swapper.flush_gradients()
+
     for path, size in swap_files(optimizer):
         found = path.stat().st_size if path.exists() else 0
         if found < size:

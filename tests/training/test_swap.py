@@ -14,6 +14,7 @@ from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training import swap
+from megatron_interbert.training.memory import rank_parameters
 from tests.dist import run_on_ranks
 from tests.sizes import MEASURABLE as SIZES
 
@@ -107,8 +108,8 @@ def swapped(device: str) -> dict:
 
 
 def train_everywhere(folder: str) -> None:
-    """Train, save and resume with each kind of offload; a resumed run must continue bit for bit,
-    and all kinds agree.
+    """Train, save and resume with each kind of offload: a resumed run continues bit for bit, and
+    disks change nothing.
     """
     from megatron_interbert.machines.processes import start_processes
 
@@ -123,12 +124,23 @@ def train_everywhere(folder: str) -> None:
         if device in ("optimizer", "all"):
             check_files(run, folder)
 
-    for device, results in undisturbed.items():
-        assert results == pytest.approx(undisturbed["none"], rel=1e-5), (device, undisturbed)
+    assert undisturbed["optimizer"] == undisturbed["all"] == undisturbed["cpu"]
+    check_close(undisturbed["cpu"], undisturbed["none"])
     for source, target in (("all", "all"), ("all", "none"), ("none", "optimizer")):
         path = f"{folder}/{source}/global_step{SAVED}"
         results = Run(folder, f"{source}-{target}", target, load=path).train(LAST)
-        assert results == undisturbed[target][SAVED:], (source, target)
+        check_close(results, undisturbed[target][SAVED:])
+        if source == target:
+            assert results == undisturbed[target][SAVED:]
+
+
+def check_close(results: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+    """Compare losses and norms: DeepSpeed sums the norm in float32 under offload, float64 without,
+    and clipping by it rounds weights to other bfloat16 numbers.
+    """
+    for (loss, norm), (other_loss, other_norm) in zip(results, expected, strict=True):
+        assert abs(loss / other_loss - 1) < 1e-4, (results, expected)
+        assert abs(norm / other_norm - 1) < 1e-3, (results, expected)
 
 
 def check_files(run: Run, folder: str) -> None:
@@ -136,7 +148,8 @@ def check_files(run: Run, folder: str) -> None:
     files = dict(swap.swap_files(run.engine.deepspeed.optimizer))
     assert files
     assert all(path.is_relative_to(f"{folder}/nvme") for path in files)
-    assert sum(path.stat().st_size for path in files) > 12 * 4_000_000
+    share = rank_parameters(SIZES, 1) / run.state.data_size
+    assert sum(path.stat().st_size for path in files) > 11 * share
     swap.check_swap_files(run.engine.deepspeed.optimizer)
 
     path = next(iter(files))
