@@ -18,6 +18,7 @@ COMMANDS = {
         "run pretrain, finetune or evaluate on all GPUs of this machine",
     ),
     "preflight": ("preflight", "check machines, data and one step before a long run"),
+    "dry-run": ("dry_run", "rehearse a run of any size without its machines"),
     "plan": ("commands.plan", "list the layouts of a model that fit the memory of a device"),
     "build-features": ("commands.build_features", "build a region store from published features"),
     "extract-features": ("commands.extract_features", "build a region store from photos"),

@@ -20,24 +20,27 @@ import deepspeed
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from megatron_interbert.command_line import parse
+from megatron_interbert.command_line import parse, span
 from megatron_interbert.config.options import AUTO, option
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.order import MicroBatches
-from megatron_interbert.data.packing import PackedBatch, to_batch
+from megatron_interbert.data.packing import PackedBatch, pack, to_batch
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned, quiet_libraries
+from megatron_interbert.model.interbert import PRETRAINING_HEADS
+from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.pretraining import pretraining_job
+from megatron_interbert.tasks.pretraining import PretrainingTask, pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import agree_with_json, merge
 from megatron_interbert.training.memory import Memory, predict, rank_parameters
 from megatron_interbert.training.micro_batch import layout_of
 from megatron_interbert.training.model_plan import plan_model
-from megatron_interbert.virtual.comparison import first_difference, missing_or_double
+from megatron_interbert.virtual.comparison import find_hang, missing_or_double
 from megatron_interbert.virtual.rank import HERE, Rehearsal, VirtualState, one_of, rehearse
+from megatron_interbert.virtual.samples import random_examples
 from megatron_interbert.virtual.tracking import Volumes
 
 GIB = 2**30
@@ -53,6 +56,16 @@ class DryRunConfig(RunConfig):
         "ranks to rehearse, comma-separated, or all; default: all of the first tensor-parallel"
         " group, and the last rank",
         group="dry run",
+    )
+    words: tuple[int, int] = option(
+        (),
+        "take random samples instead of --data-path, of this many tokens with [CLS] and [SEP],"
+        " from-to",
+        read=span,
+        group="dry run",
+    )
+    regions: tuple[int, int] = option(
+        (36, 36), "regions of a random sample, from-to; default: 36", read=span, group="dry run"
     )
     processes: int = option(
         0, "ranks rehearsed at a time; default: one per core", least=0, group="dry run"
@@ -106,15 +119,34 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
     try:
         with one_of(config.world_size, rank):
             state = VirtualState(config.tensor_model_parallel_size, config.sequence_parallel)
-            job = pretraining_job(config, state)
+            job = random_job(config) if config.words else pretraining_job(config, state)
             plan = plan_model(config, job, state, HERE)
             return rehearse(config, job, plan, state, micro_batches(config, job, state))
     except UsageError as error:
         return str(error)
 
 
+def random_job(config: DryRunConfig) -> Job:
+    """Return a job whose samples are random."""
+    sizes = load_model_config(config.model)
+    if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
+        raise UsageError(
+            f"--model {config.model} takes sizes from its data; leave --words out, or give a preset"
+            " or JSON file with all sizes"
+        )
+
+    return Job(PretrainingTask(config.objective_names()), None, sizes, PRETRAINING_HEADS, {}, "")
+
+
 def micro_batches(config: DryRunConfig, job: Job, state: VirtualState) -> list[PackedBatch]:
-    """Read the micro-batches of a rank's first step."""
+    """Read, or make at random, the micro-batches of a rank's first step."""
+    if config.words:
+        sizes = job.model_config
+        lengths = (config.micro_batch_size, config.words, config.regions)
+        steps = config.accumulation_steps(state.data_size)
+        seeds = range(state.data_rank * steps, (state.data_rank + 1) * steps)
+        return [pack(random_examples(sizes, *lengths, seed), sizes.feature_dim) for seed in seeds]
+
     stream = MicroBatches(
         0, config.global_batch_size, config.micro_batch_size, state.data_rank, state.data_size
     )
@@ -186,10 +218,10 @@ def table(volumes: Volumes) -> list[str]:
 def check_together(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
     """Return lines on what was compared; UsageError if ranks disagree or lose parameters."""
     names = [one.rank for one in rehearsals]
-    if difference := first_difference(rehearsals):
-        raise UsageError(f"the run would hang: {difference}")
+    if problem := find_hang(rehearsals):
+        raise UsageError(f"the run would hang: {problem}")
 
-    lines = [f"order of collectives: the same on ranks {some(names)}"]
+    lines = [f"collectives: all complete, played with ranks {some(names)}"]
     if len(names) < config.world_size:
         return [*lines, "checkpoint: what all ranks save is checked with --ranks all"]
 

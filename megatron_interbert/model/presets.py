@@ -44,6 +44,20 @@ PRESETS = {
         image_attention_heads=16,
         ffn_hidden_size=4096,
     ),
+    # the dense model of M6's line: 50 layers, 10.2 B parameters; their split over the interaction
+    # module and the streams is ours
+    "m6-10b-dense": ModelConfig(
+        vocab_size=21128,
+        hidden_size=4096,
+        interaction_layers=26,
+        text_layers=12,
+        image_layers=12,
+        num_attention_heads=32,
+        image_attention_heads=32,
+        ffn_hidden_size=16384,
+        pooled_size=4096,
+        text_normalisation="chinese",
+    ),
 }
 
 

@@ -1,5 +1,5 @@
-"""Compare virtual ranks: they must call the same collectives in the same order, and together save
-each element of each parameter once.
+"""Compare virtual ranks: none may wait for ever in a collective, and together they must save each
+element of each parameter once.
 """
 
 import math
@@ -12,40 +12,78 @@ from megatron_interbert.virtual.rank import Rehearsal
 from megatron_interbert.virtual.tracking import Collective
 
 
-def first_difference(rehearsals: Sequence[Rehearsal]) -> str:
-    """Describe the first collective in which a rank differs from the first one; "" if none does.
+def find_hang(rehearsals: Sequence[Rehearsal]) -> str:
+    """Play the ranks' collectives against each other, and describe the first that cannot complete;
+    "" if all do.
 
-    Operations, groups and types must be the same on all ranks; numbers of elements on those of one
-    group: other data-parallel ranks have other tokens in their tensor-parallel collectives.
+    A collective completes when every rehearsed rank of its group has come to it, with the same
+    operation, type and number of elements; ranks that were not rehearsed count as agreeing.
     """
-    first = rehearsals[0]
+    members: dict[Group, list[Rehearsal]] = defaultdict(list)
+    for one in rehearsals:
+        for kind in ("tensor", "data", "world"):
+            members[group_of(one, kind)].append(one)
 
-    for other in rehearsals[1:]:
-        same_tokens = other.data_rank == first.data_rank
-        pairs = zip(first.collectives, other.collectives, strict=False)
-        for number, (ours, theirs) in enumerate(pairs):
-            if facts(ours, same_tokens) != facts(theirs, same_tokens):
-                return (
-                    f"collective {number}: rank {first.rank} calls {told(ours)}, rank"
-                    f" {other.rank} {told(theirs)}"
-                )
+    done = {one.rank: 0 for one in rehearsals}
+    waiting = list(members)  # groups that may be able to continue
 
-        counts = (len(first.collectives), len(other.collectives))
-        if counts[0] != counts[1]:
-            longer = max((first, other), key=lambda one: len(one.collectives))
-            extra = longer.collectives[min(counts)]
-            return (
-                f"rank {first.rank} calls {counts[0]} collectives, rank {other.rank} {counts[1]};"
-                f" the first that only rank {longer.rank} calls is {told(extra)}"
-            )
+    while waiting:
+        group = waiting.pop()
+        heads = {one.rank: head(one, done) for one in members[group]}
+        if not all(found and found.group == group[0] for found in heads.values()):
+            continue  # a member is in another group's collective, or has ended
+
+        if difference := differing(heads):
+            return difference
+        for one in members[group]:
+            done[one.rank] += 1
+            if following := head(one, done):
+                waiting.append(group_of(one, following.group))
+
+    stuck = [one for one in rehearsals if head(one, done)]
+
+    return told_stuck(stuck[0], members, done) if stuck else ""
+
+
+Group = tuple[str, int]  # (kind, what its members have in common)
+
+
+def group_of(one: Rehearsal, kind: str) -> Group:
+    """Return the group of a kind that a rank is in."""
+    return kind, {"tensor": one.data_rank, "data": one.tensor_rank}.get(kind, 0)
+
+
+def head(one: Rehearsal, done: Mapping[int, int]) -> Collective | None:
+    """Return the collective that a rank is in, after those that are `done`; None at its end."""
+    number = done[one.rank]
+    return one.collectives[number] if number < len(one.collectives) else None
+
+
+def differing(heads: Mapping[int, Collective]) -> str:
+    """Describe two ranks in one collective that do not agree on it; "" if all do."""
+    first, ours = next(iter(heads.items()))
+    for rank, theirs in heads.items():
+        if theirs != ours:
+            return f"rank {first} calls {told(ours)}, rank {rank} {told(theirs)}"
 
     return ""
 
 
-def facts(one: Collective, same_tokens: bool) -> tuple[object, ...]:
-    """Return what must be the same of a collective on two ranks."""
-    counted = same_tokens or one.group != "tensor"
-    return one.operation, one.group, one.dtype, one.elements if counted else None
+def told_stuck(
+    one: Rehearsal, members: Mapping[Group, Sequence[Rehearsal]], done: Mapping[int, int]
+) -> str:
+    """Describe why a rank waits for ever: a rank of the same group that is elsewhere."""
+    wanted = head(one, done)
+    text = f"rank {one.rank} waits in {told(wanted)} (collective {done[one.rank]} of its step)"
+
+    for other in members[group_of(one, wanted.group)]:
+        theirs = head(other, done)
+        if theirs is None:
+            return f"{text}, rank {other.rank} has ended its step"
+        if theirs.group != wanted.group:
+            return f"{text}, rank {other.rank} in {told(theirs)}"
+
+    return text
 
 
 def told(one: Collective) -> str:

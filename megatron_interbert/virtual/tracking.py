@@ -78,7 +78,7 @@ class Tracker(TorchDispatchMode):
             self._record(func, args)
         result = func(*args, **kwargs)
         for tensor in tree_flatten(result)[0]:
-            if isinstance(tensor, FakeTensor):
+            if isinstance(tensor, FakeTensor) and not tensor.is_meta:
                 self._see(tensor)
 
         return result

@@ -15,8 +15,8 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.virtual.samples import random_examples
 from tests.kernels import comparisons
-from tools.benchmarks.batches import random_examples
 
 triton_attention = pytest.importorskip(
     "megatron_interbert.kernels.triton_attention",

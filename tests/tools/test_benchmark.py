@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.virtual.samples import random_examples
 from tests.launching import launch
-from tools.benchmarks.batches import IGNORED, pad, random_examples
+from tools.benchmarks.batches import IGNORED, pad
 from tools.benchmarks.train import shrunk
 
 COMMAND = (

@@ -30,10 +30,10 @@ from megatron_interbert.training.memory import (
     predict,
     rank_parameters,
 )
+from megatron_interbert.virtual.samples import random_examples
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
 from tests.sizes import MEASURABLE as SIZES
-from tools.benchmarks.batches import random_examples
 
 SAMPLES = 24
 

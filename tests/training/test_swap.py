@@ -72,7 +72,7 @@ class Run:
         """Train up to step `last`; return each step's loss and gradient norm."""
         from megatron_interbert.data.packing import pack
         from megatron_interbert.training.fragments import FragmentedState
-        from tools.benchmarks.batches import random_examples
+        from megatron_interbert.virtual.samples import random_examples
 
         results = []
         for step in range(self.progress.step + 1, last + 1):

@@ -26,10 +26,10 @@ from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.master_weights import MasterWeights
 from megatron_interbert.training.update import DeepSpeedUpdate, PartitionedUpdate, WholeUpdate
+from megatron_interbert.virtual.samples import random_examples
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
 from tests.launching import train
-from tools.benchmarks.batches import random_examples
 
 SAMPLES = 4
 # the square of the last is infinite in float32, but not in DeepSpeed's float64

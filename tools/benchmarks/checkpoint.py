@@ -23,9 +23,10 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.engine import Engine
+from megatron_interbert.virtual.samples import random_examples
 from megatron_interbert.weights.sources import open_weights
 from megatron_interbert.weights.targets import Output, write_target
-from tools.benchmarks.batches import random_examples, sizes_of
+from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.options import BenchmarkOptions
 
 

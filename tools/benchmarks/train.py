@@ -35,8 +35,9 @@ from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json
 from megatron_interbert.training.peaks import peak_tflops
+from megatron_interbert.virtual.samples import random_examples
 from tools.benchmarks.bars import bars
-from tools.benchmarks.batches import random_examples, sizes_of
+from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.contenders import Contender, Ours, Padded
 from tools.benchmarks.options import BenchmarkOptions
 from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters

@@ -19,11 +19,11 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.retrieval.job import choose_pairs
 from megatron_interbert.tasks.retrieval.pairs import score_block
+from megatron_interbert.virtual.samples import random_examples
 from tests.gpu.stages.data import TEST_SCENES, base_store, sample_corpus
 from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import module
 from tests.launching import records
-from tools.benchmarks.batches import random_examples
 
 PRECISIONS = {"fp32": "--no-bf16", "bf16": "--bf16"}
 WORDS_LEARNT = 0.4  # share of masked words that a trained model predicts at least

@@ -27,11 +27,11 @@ from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.memory import Layout, Load, predict
 from megatron_interbert.training.peaks import peak_tflops
+from megatron_interbert.virtual.samples import random_examples
 from tests.gpu.stages.data import base_store
 from tests.gpu.stages.place import Place, Record
 from tests.gpu.stages.programs import module
 from tests.gpu.stages.trace import profile_steps
-from tools.benchmarks.batches import random_examples
 
 WORDS = (8, 20)  # text tokens per sample (from, to)
 WARM = 5  # warm-up steps, in which kernels are compiled and memory is allocated

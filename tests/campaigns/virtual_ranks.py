@@ -1,0 +1,91 @@
+"""Build DeepSpeed's real engine on every one of many virtual ranks, and check that together they
+save each element of weights and moments exactly once.
+
+    python -m tests.campaigns.virtual_ranks --world-size 512 --tensor-model-parallel-size 8
+"""
+
+import argparse
+import dataclasses
+import time
+from unittest import mock
+
+import deepspeed
+import torch
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+from megatron_interbert.config.training import RunConfig
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.machines.processes import quiet_libraries
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.progress import progress
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.fragments import FragmentedState, Outline
+from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.virtual.comparison import missing_or_double
+from megatron_interbert.virtual.rank import HERE, VirtualState, one_of
+from tests.sizes import FOR_EIGHT_RANKS
+
+SIZES = dataclasses.replace(FOR_EIGHT_RANKS, num_attention_heads=8)
+UTILS = "deepspeed.runtime.zero.utils"
+
+
+def outlines_of(
+    ranks: int, tensor: int, stage: int
+) -> tuple[dict[tuple[int, int], list[Outline]], dict[str, tuple[int, ...]]]:
+    """Build the engine of each of `ranks` in turn, on real tensors; return what each saves, by
+    (tensor rank, data rank), and the shapes of a slice.
+    """
+    deepspeed.accelerator.set_accelerator(CPU_Accelerator())
+    outlines = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    for rank in progress(range(ranks), desc=f"ZeRO-{stage}", unit="rank"):
+        with (
+            one_of(ranks, rank),
+            mock.patch(f"{UTILS}.assert_lst_len_same_as_other_ranks"),
+            mock.patch(f"{UTILS}.get_lst_from_rank0", side_effect=list),
+        ):
+            state = VirtualState(tensor)
+            config = RunConfig(
+                micro_batch_size=1,
+                bf16=True,
+                zero_stage=stage,
+                tensor_model_parallel_size=tensor,
+            )
+            job = Job(None, None, SIZES, ("msm", "mrm", "itm"), {}, "")
+            plan = ModelPlan(job, state, Kernels(), 0, recompute=False)
+            model = build_model(plan, config, RandomStreams(0), HERE)
+            engine = Engine(model, config, state)
+            place = (state.tensor_rank, state.data_rank)
+            outlines[place] = FragmentedState(engine).outline()
+            names = plan.without_memory().named_parameters()
+            shapes = {name: tuple(parameter.shape) for name, parameter in names}
+
+    return outlines, shapes
+
+
+def main() -> None:
+    """Run the campaign; exit with code 1 if an element is missing or double."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--world-size", type=int, default=512)
+    parser.add_argument("--tensor-model-parallel-size", type=int, default=8)
+    parser.add_argument("--stages", default="1,2,3")
+    options = parser.parse_args()
+    quiet_libraries()
+    torch.set_num_threads(1)
+
+    for stage in map(int, options.stages.split(",")):
+        started = time.monotonic()
+        found = outlines_of(options.world_size, options.tensor_model_parallel_size, stage)
+        problem = missing_or_double(*found)
+        runs = sum(map(len, found[0].values()))
+        seconds = time.monotonic() - started
+        print(f"ZeRO-{stage}: {runs} runs of {options.world_size} ranks, {seconds:.0f} s:", end=" ")
+        print(problem or "each element once", flush=True)
+        if problem:
+            raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""Test the dry run: its memory against the planner's, its collectives against a run on real ranks,
+what all ranks save, and that ranks which would wait for each other for ever are found.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_interbert import dry_run
+from megatron_interbert.config.options import AUTO
+from megatron_interbert.dry_run import DryRunConfig
+from megatron_interbert.errors import UsageError
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.virtual import rank as virtual_rank
+from megatron_interbert.virtual.comparison import find_hang, missing_or_double
+from megatron_interbert.virtual.rank import Rehearsal, one_of
+from megatron_interbert.virtual.tracking import Collective
+from tests.campaigns.virtual_ranks import outlines_of
+from tests.corpus import write_store
+from tests.sizes import MEASURABLE
+
+
+def sizes_file(folder: Path) -> str:
+    """Write sizes large enough for weights to stand out, with those of the data left open."""
+    file = folder / "sizes.json"
+    sizes = {**dataclasses.asdict(MEASURABLE), "vocab_size": 0, "feature_dim": 0, "num_classes": 0}
+    file.write_text(json.dumps(sizes))
+
+    return str(file)
+
+
+def rehearse(folder: Path, **changes) -> dict:
+    """Run the dry run of a small store; return its figures."""
+    settings = {
+        "world_size": 4,
+        "ranks": "all",
+        "tensor_model_parallel_size": 2,
+        "bf16": True,
+        "zero_stage": 1,
+        "micro_batch_size": 4,
+        "model": sizes_file(folder),
+        "data_path": str(folder / "store"),
+        "output": str(folder / "figures.json"),
+        **changes,
+    }
+    config = DryRunConfig()
+    for name, value in settings.items():
+        setattr(config, name, value)
+        config.given.add(name)
+
+    config.check()
+    dry_run.dry_run(config)
+
+    return json.loads((folder / "figures.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dry_run")
+    write_store(folder / "store")
+    return folder
+
+
+@pytest.mark.parametrize(("stage", "ranks"), [(1, "all"), (2, "0"), (3, "all")])
+def test_a_sound_run(folder: Path, stage: int, ranks: str, capsys: pytest.CaptureFixture) -> None:
+    """Check four ranks: memory as the planner says, no hang, each element saved once."""
+    figures = rehearse(folder, zero_stage=stage, ranks=ranks)
+    for one in figures["ranks"]:
+        assert abs(one["peak"] / one["planned"] - 1) < 0.1, (stage, one)
+
+    out = capsys.readouterr().out
+    if ranks != "all":
+        assert "is checked with --ranks all" in out
+        return
+
+    assert "collectives: all complete, played with ranks 0, 1, 2, 3" in out
+    assert "checkpoint: each element of weights and moments is saved once" in out
+
+
+def test_one_more_collective_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a barrier of its own in one rank: a broadcast that the others do not call."""
+    plain = virtual_rank.run_step
+
+    def planted(engine, job, micro_batches, streams) -> None:
+        if engine.state.rank == 3:
+            dist.broadcast(torch.zeros(7), group=engine.state.data_group, group_src=0)
+        plain(engine, job, micro_batches, streams)
+
+    monkeypatch.setattr(virtual_rank, "run_step", planted)
+    with pytest.raises(UsageError, match=r"would hang: rank \d calls .* in its data group, rank"):
+        rehearse(folder)
+
+
+def test_a_rank_without_images_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plant a batch of texts alone in one data-parallel rank at ZeRO-3, where each rank gathers
+    only the layers that it runs.
+    """
+    plain = dry_run.micro_batches
+
+    def planted(config, job, state) -> list:
+        batches = plain(config, job, state)
+        if state.data_rank == 1:
+            job.task.loss = lambda output, batch, totals: (output.msm_losses.sum(), None)
+            batches = [texts_alone(batch) for batch in batches]
+        return batches
+
+    monkeypatch.setattr(dry_run, "micro_batches", planted)
+    with pytest.raises(UsageError, match="would hang: rank"):
+        rehearse(folder, zero_stage=3)
+
+
+def texts_alone(batch):
+    """Return the texts of a batch, without images."""
+    tokens = torch.arange(len(batch.token_ids))
+    none = torch.zeros(0, dtype=torch.int64)
+    return dataclasses.replace(
+        batch,
+        image_offsets=torch.zeros_like(batch.image_offsets),
+        joint_offsets=batch.text_offsets,
+        joint_order=tokens,
+        text_index=tokens,
+        **dict.fromkeys(
+            ("image_index", "region_rows", "region_counts", "summary_rows", "hidden_regions"), none
+        ),
+        features=batch.features[:0],
+        locations=batch.locations[:0],
+        mrm_positions=none,
+        mrm_class_ids=batch.mrm_class_ids[:0],
+        mrm_class_probs=batch.mrm_class_probs[:0],
+        max_image=0,
+        max_joint=batch.max_text,
+    )
+
+
+def played(*ranks: list[tuple[str, str]]) -> str:
+    """Play (operation, group) lists of ranks in one layout of TP2 against each other."""
+    return find_hang(
+        [
+            Rehearsal(
+                number,
+                number % 2,
+                number // 2,
+                MEASURABLE,
+                {},
+                None,
+                collectives=[Collective(*one, 1, "float32") for one in calls],
+            )
+            for number, calls in enumerate(ranks)
+        ]
+    )
+
+
+def test_what_hangs_and_what_does_not() -> None:
+    data = ("allreduce", "data")
+    tensor = ("allreduce", "tensor")
+    world = ("broadcast", "world")
+    assert not played([tensor, data], [tensor, data], [tensor, data], [tensor, data])
+    # the tensor-parallel groups of other data may do more among themselves
+    assert not played([tensor, data], [tensor, data], [data], [data])
+    assert not played([data, tensor], [tensor, data], [data, tensor], [tensor, data])
+    # each of the four waits for the next
+    assert "rank 0 waits" in played([data, tensor], [tensor, data], [tensor, data], [data, tensor])
+    assert "has ended its step" in played([data, data], [data], [data], [data])
+    assert "rank 0 calls allreduce" in played([data], [data], [("allgather", "data")], [data])
+    assert "waits in broadcast" in played([world], [world], [world], [data])
+
+
+def test_what_is_saved_twice_or_not_at_all() -> None:
+    outlines, shapes = outlines_of(16, 4, 2)
+    assert not missing_or_double(outlines, shapes)
+
+    some = {place: runs for place, runs in outlines.items() if place != (2, 3)}
+    assert "of tensor rank 2" in missing_or_double(some, shapes)
+    assert "by no rank" in missing_or_double(some, shapes)
+    outlines[1, 0] = [*outlines[1, 0], outlines[1, 1][0]]
+    assert "is saved twice" in missing_or_double(outlines, shapes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"world_size": 6, "tensor_model_parallel_size": 4}, "--world-size 6 is not a multiple"),
+        ({"ranks": "0,4"}, "--ranks 0,4: expected all, or numbers from 0 to 3"),
+        ({"tensor_model_parallel_size": 1, "ranks": "x"}, "--ranks x: expected all"),
+        ({"micro_batch_size": AUTO}, "--micro-batch-size auto is found by trial"),
+    ],
+)
+def test_bad_input(folder: Path, changes: dict, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        rehearse(folder, **changes)
+
+
+def test_one_process_is_many_ranks() -> None:
+    """Check that groups of a virtual rank are those of the layout."""
+    with one_of(512, 77):
+        state = ParallelState(8)
+        assert (state.tensor_rank, state.data_rank) == (5, 9)
+        assert dist.get_process_group_ranks(state.data_group) == list(range(5, 512, 8))
