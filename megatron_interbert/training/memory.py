@@ -1,8 +1,8 @@
 """Predict a rank's peak memory by arithmetic: weights, gradients, optimizer state, activations.
 
 How DeepSpeed 0.19 keeps its parts was found by counting the allocations of torch on a CPU, which
-tests/training/test_memory.py repeats. Of the fused GPU kernels only the activations were counted
-(in Triton's interpreter).
+tests/training/test_memory.py repeats, and those of a dry run. Of the fused GPU kernels only the
+activations were counted (in Triton's interpreter). Offload is not covered.
 """
 
 import functools
@@ -304,14 +304,16 @@ def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Hel
     share = whole / layout.data
     bucket = layout.element * min(parameters, BUCKET)
     gradients = whole if layout.zero_stage == 1 else share
+    # the gradients of a full bucket are joined while the next one is filled
+    joined = bucket if parameters > BUCKET else 0.0
 
     return Held(
         weights=whole,
         optimizer=(FP32 + ADAM) * parameters / layout.data,
         gradients=gradients,
-        buffers=bucket,
-        begin=bucket,
-        end=gradients + bucket + table * (layout.zero_stage == 1),
+        buffers=bucket + joined,
+        begin=bucket + joined,
+        end=gradients + bucket + joined + table * (layout.zero_stage == 1),
         step=gradients + updated_bytes(layout, parameters),
     )
 
