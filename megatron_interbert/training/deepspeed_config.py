@@ -42,6 +42,12 @@ TOP_LEVEL = PASSED_THROUGH | {
     "gradient_clipping",
     "optimizer",
 }
+# of ZeRO++; its secondary partitions (zero_hpz_partition_size) are supported
+QUANTISED = (
+    "zero_quantized_weights",
+    "zero_quantized_nontrainable_weights",
+    "zero_quantized_gradients",
+)
 REFUSED = {
     "scheduler": "use --lr-decay-style, --lr-warmup-fraction and --min-lr",
     "tensorboard": "use --tensorboard-dir",
@@ -90,6 +96,13 @@ def read_deepspeed_config(config: TrainConfig) -> dict[str, Any]:
         for key in block or {}:
             if key not in known:
                 raise UsageError(f"{where}: unknown key '{key}' in '{path}'{nearest(key, known)}")
+
+    for key in QUANTISED:
+        if _get(values, f"zero_optimization.{key}"):
+            raise UsageError(
+                f"{where}: {key} is not supported: DeepSpeed rounds with a CUDA kernel, and losses"
+                " and checkpoints with it have never been compared; leave it out"
+            )
 
     check_numbers(values, where)
     betas = _get(values, "optimizer.params.betas")

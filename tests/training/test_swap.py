@@ -30,7 +30,7 @@ needs_library = pytest.mark.skipif(
 class Run:
     """Train a model of 9 M parameters on random samples through the engine."""
 
-    def __init__(self, folder: str, name: str, device: str, load: str = "") -> None:
+    def __init__(self, folder: str, name: str, device: str, load: str = "", stage: int = 3) -> None:
         from megatron_interbert.parallel.rng import RandomStreams
         from megatron_interbert.tasks.pretraining import PretrainingTask
         from megatron_interbert.tasks.task import Job
@@ -46,7 +46,7 @@ class Run:
         self.config = RunConfig(
             micro_batch_size=2,
             bf16=True,
-            zero_stage=3,
+            zero_stage=stage,
             save=f"{folder}/{name}",
             deepspeed_config=f"{folder}/{device}.json",
             nvme_path=f"{folder}/nvme",

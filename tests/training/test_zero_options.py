@@ -1,0 +1,66 @@
+"""Test options of ZeRO that a DeepSpeed JSON switches: losses and checkpoints are as without them,
+or the options are refused with a reason.
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+from deepspeed.utils import groups
+
+from megatron_interbert.config.training import RunConfig
+from megatron_interbert.errors import UsageError
+from megatron_interbert.training.deepspeed_config import merge
+from tests.dist import run_on_ranks
+from tests.training.test_swap import LAST, SAVED, Run, check_close
+
+OPTIONS = {
+    "plain": {},
+    "overlap": {"overlap_comm": True},
+    "secondary": {"zero_hpz_partition_size": 2},  # each pair of ranks holds all weights once more
+}
+
+
+def compare(folder: str) -> None:
+    """Train, save and resume at each stage with each option."""
+    from megatron_interbert.machines.processes import start_processes
+
+    start_processes()
+    for stage in (1, 2, 3):
+        undisturbed = {}
+        for name in OPTIONS:
+            if name == "secondary" and stage < 3:
+                continue
+
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of an engine before this one
+            run = Run(folder, f"{stage}-{name}", name, stage=stage)
+            before = run.train(SAVED)
+            run.save()
+            undisturbed[name] = before + run.train(LAST)
+
+            groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
+            path = f"{folder}/{stage}-{name}/global_step{SAVED}"
+            resumed = Run(folder, f"{stage}-{name}-again", name, load=path, stage=stage)
+            assert resumed.train(LAST) == undisturbed[name][SAVED:], (stage, name)
+
+        for results in undisturbed.values():
+            check_close(results, undisturbed["plain"])
+            # at stage 1 DeepSpeed sums gradients in another order if it overlaps them
+            assert stage == 1 or results == undisturbed["plain"], stage
+
+
+def test_options_change_nothing(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("x\n")
+    for name, option in OPTIONS.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps({"zero_optimization": option}))
+
+    run_on_ranks(4, compare, str(tmp_path))
+
+
+@pytest.mark.parametrize("key", ["zero_quantized_weights", "zero_quantized_gradients"])
+def test_quantised_communication_is_refused(tmp_path: Path, key: str) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, key: True}}))
+    config = RunConfig(deepspeed_config=str(file), bf16=True, micro_batch_size=1)
+    with pytest.raises(UsageError, match=f"{key} is not supported: DeepSpeed rounds with a CUDA"):
+        merge(config, 1)
