@@ -24,7 +24,7 @@ def merged(tmp_path, values, *flags, ranks=2):
 
 
 @pytest.mark.parametrize("template", TEMPLATES, ids=lambda p: p.stem)
-def test_templates_hold_no_auto_after_merging(template):
+def test_templates_hold_no_auto_after_merging(template, tmp_path):
     config = parse(
         RunConfig,
         "test",
@@ -35,6 +35,8 @@ def test_templates_hold_no_auto_after_merging(template):
             "4",
             "--global-batch-size",
             "16",
+            "--nvme-path",
+            str(tmp_path),
         ],
     )
     result = merge(config, 2)
