@@ -77,6 +77,10 @@ def test_a_node_is_killed_and_the_other_does_its_work(corpus, tmp_path):
     wait_for(tmp_path / "store.partial", "shard-*.h5.json", 40)
     kill_node(1)
     wait_for(tmp_path, "store/manifest.json", 1)
+    deadline = time.monotonic() + 10
+    while (output / "finish.claim").exists():  # removed just after the folder got its name
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert content(output) == expected
     assert not (tmp_path / "store.partial").exists()
     kill_node(0)  # torchrun itself waits for the lost machine, for five minutes

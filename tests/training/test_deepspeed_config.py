@@ -40,7 +40,7 @@ def test_templates_hold_no_auto_after_merging(template, tmp_path):
         ],
     )
     result = merge(config, 2)
-    assert "auto" not in json.dumps(result)
+    assert '"auto"' not in json.dumps(result)
     assert (result["train_micro_batch_size_per_gpu"], result["gradient_accumulation_steps"]) == (
         4,
         2,
