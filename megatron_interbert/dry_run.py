@@ -38,8 +38,16 @@ from megatron_interbert.training.deepspeed_config import agree_with_json, merge
 from megatron_interbert.training.memory import Memory, predict, rank_parameters
 from megatron_interbert.training.micro_batch import layout_of
 from megatron_interbert.training.model_plan import plan_model
+from megatron_interbert.training.traffic import Traffic, step_traffic
 from megatron_interbert.virtual.comparison import find_hang, missing_or_double
-from megatron_interbert.virtual.rank import HERE, Rehearsal, VirtualState, one_of, rehearse
+from megatron_interbert.virtual.rank import (
+    HERE,
+    Rehearsal,
+    VirtualState,
+    one_of,
+    rehearse,
+    without_values,
+)
 from megatron_interbert.virtual.samples import random_examples
 from megatron_interbert.virtual.tracking import Volumes
 
@@ -160,6 +168,8 @@ def micro_batches(config: DryRunConfig, job: Job, state: VirtualState) -> list[P
 def rehearse_all(config: DryRunConfig) -> list[Rehearsal]:
     """Rehearse the chosen ranks, each in a process of its own; UsageError if one cannot run."""
     ranks = config.chosen_ranks()
+    with without_values():
+        torch.zeros(1) + 1  # imports what all ranks need, before they are forked
     context = multiprocessing.get_context("fork")
     at_once = min(config.processes or len(os.sched_getaffinity(0)), len(ranks))
     found = []
@@ -179,6 +189,12 @@ def planned_memory(config: DryRunConfig, rehearsal: Rehearsal) -> Memory:
     """Predict the memory of a rank by arithmetic."""
     layout = layout_of(config, config.data_parallel_size, rehearsal.kernels)
     return predict(rehearsal.sizes, layout, rehearsal.load)
+
+
+def planned_traffic(config: DryRunConfig, rehearsal: Rehearsal) -> Traffic:
+    """Predict the bytes that a rank gives into its collectives by arithmetic."""
+    layout = layout_of(config, config.data_parallel_size, rehearsal.kernels)
+    return step_traffic(rehearsal.sizes, layout, rehearsal.tokens)
 
 
 def describe(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
@@ -201,16 +217,16 @@ def describe(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
             f" {largest.peak / GIB:.2f} (planned {planned.peak / GIB:.2f}), rank {largest.rank}"
         ),
         f"collectives of a step of rank {first.rank}, with the bytes that it gives in:",
-        *table(Volumes.of(first.collectives)),
+        *table(Volumes.of(first.collectives), planned_traffic(config, first)),
     ]
 
 
-def table(volumes: Volumes) -> list[str]:
+def table(volumes: Volumes, planned: Traffic) -> list[str]:
     """Return the lines of a table of collectives."""
-    rows = [("operation", "group", "calls", "MB")]
+    rows = [("operation", "group", "calls", "MB", "planned")]
     for (operation, group), calls in sorted(volumes.calls.items()):
-        size = volumes.bytes[operation, group]
-        rows.append((operation, group, calls, f"{size / 1e6:.3f}"))
+        sizes = (volumes.bytes[operation, group], planned[operation, group])
+        rows.append((operation, group, calls, *(f"{size / 1e6:.3f}" for size in sizes)))
 
     return aligned(rows)
 
@@ -235,6 +251,8 @@ def check_together(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[st
 def record(config: DryRunConfig, rehearsals: list[Rehearsal]) -> dict[str, Any]:
     """Return the figures as a JSON object; memory and volumes in bytes."""
     volumes = Volumes.of(rehearsals[0].collectives)
+    planned = planned_traffic(config, rehearsals[0])
+
     return {
         "world_size": config.world_size,
         "ranks": [
@@ -252,6 +270,7 @@ def record(config: DryRunConfig, rehearsals: list[Rehearsal]) -> dict[str, Any]:
                 "group": group,
                 "calls": calls,
                 "bytes": volumes.bytes[operation, group],
+                "planned": planned[operation, group],
             }
             for (operation, group), calls in sorted(volumes.calls.items())
         ],

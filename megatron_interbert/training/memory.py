@@ -6,11 +6,11 @@ activations were counted (in Triton's interpreter). Offload is not covered.
 """
 
 import functools
+import math
 from dataclasses import dataclass, replace
 
-import torch
-
 from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.model.construction import on_meta
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.parallel.state import ParallelState
@@ -85,16 +85,24 @@ class Memory:
 
 
 @functools.cache
+def rank_shapes(sizes: ModelConfig, tensor: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the trained parameters on one of `tensor` tensor-parallel ranks."""
+    sizes.check_tensor_parallel(tensor)
+    model = on_meta(lambda: InterBert(sizes, state=ParallelState(alone=True)))
+
+    return tuple(
+        tuple(
+            size // tensor if axis == partition_dimension(name) else size
+            for axis, size in enumerate(parameter.shape)
+        )
+        for name, parameter in model.named_parameters()
+    )
+
+
+@functools.cache
 def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
     """Count the trained parameters on one of `tensor` tensor-parallel ranks."""
-    sizes.check_tensor_parallel(tensor)
-
-    with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        parameters = InterBert(sizes, state=ParallelState(alone=True)).named_parameters()
-        return sum(
-            p.numel() // (1 if partition_dimension(name) is None else tensor)
-            for name, p in parameters
-        )
+    return sum(map(math.prod, rank_shapes(sizes, tensor)))
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from megatron_interbert.training.fragments import FragmentedState, Outline
 from megatron_interbert.training.memory import Load
 from megatron_interbert.training.micro_batch import load_of
 from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.training.traffic import Tokens
 from megatron_interbert.virtual.tracking import Collective, Tracker
 
 HERE = torch.device("cpu")
@@ -53,6 +54,7 @@ class Rehearsal:
     peak: int = 0
     collectives: list[Collective] = field(default_factory=list)
     load: Load | None = None
+    tokens: list[Tokens] = field(default_factory=list)  # of each micro-batch
     outline: list[Outline] = field(default_factory=list)
 
 
@@ -149,6 +151,7 @@ def rehearse(
         found.peak = tracker.mark()
         found.collectives = list(tracker.collectives)
 
+    found.tokens = [Tokens.of(batch) for batch in micro_batches]
     found.load = max((load_of(batch) for batch in micro_batches), key=lambda load: load.samples)
 
     return found

@@ -13,6 +13,12 @@ from torch.utils._pytree import tree_flatten
 
 # what takes part in no exchange of data
 IGNORED = ("barrier", "monitored_barrier_")
+# torch's operations under the names of training/traffic.py
+NAMES = {
+    "allreduce_": "all_reduce",
+    "_allgather_base_": "all_gather",
+    "_reduce_scatter_base_": "reduce_scatter",
+}
 
 
 @dataclass(frozen=True)
@@ -93,7 +99,7 @@ class Tracker(TorchDispatchMode):
         given = _inputs(operation, args)
         self.collectives.append(
             Collective(
-                operation.strip("_"),
+                NAMES.get(operation, operation.strip("_")),
                 self.groups.get(name, "world"),
                 sum(tensor.numel() for tensor in given),
                 str(given[0].dtype).removeprefix("torch.") if given else "uint8",

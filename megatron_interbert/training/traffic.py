@@ -1,0 +1,182 @@
+"""Predict what a rank gives into each collective of an optimizer step, by arithmetic.
+
+Tests compare it with the collectives of a dry run: equal bytes. One case is an upper bound: what
+ZeRO-3 gathers with several micro-batches, between which DeepSpeed keeps some weights.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.training.memory import (
+    FP32,
+    LIVE,
+    SUB_GROUP,
+    Layout,
+    Load,
+    rank_parameters,
+    rank_shapes,
+    targets_of,
+)
+
+FLOAT64 = 8
+INT64 = 8
+LOSSES = 3
+VECTORS = 3  # replicated parameters of a norm, whose gradients are summed where rows are split
+
+# (operation, group) -> bytes; operations are all_reduce, all_gather and reduce_scatter
+Traffic = Counter[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Count a micro-batch's tokens: of texts, of images ([IMG] and regions), samples, and those
+    that the last layers are computed for.
+    """
+
+    text: float
+    image: float
+    samples: float
+    words: float  # masked
+    regions: float  # masked, of matched pairs
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> "Tokens":
+        """Count those of a batch."""
+        return cls(
+            len(batch.token_ids),
+            len(batch.locations),
+            len(batch),
+            len(batch.msm_positions),
+            len(batch.mrm_positions),
+        )
+
+    @classmethod
+    def expected(cls, load: Load) -> "Tokens":
+        """Estimate those of a micro-batch by its means."""
+        words, regions = targets_of(load)
+        count = load.samples
+        return cls(
+            count * load.words, count * (load.regions + 1), count, count * words, count * regions
+        )
+
+    def stacks(self, sizes: ModelConfig) -> list[tuple[int, float, float | None]]:
+        """Return (layers, tokens, tokens that leave the last layer; None: all) of each stack."""
+        return [
+            (sizes.interaction_layers, self.text + self.image, None),
+            (sizes.text_layers, self.text, self.samples + self.words),
+            (sizes.image_layers, self.image, self.samples + self.regions),
+        ]
+
+
+def step_traffic(sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens]) -> Traffic:
+    """Return the bytes that a rank gives into each kind of collective in a step."""
+    found: Traffic = Counter()
+    if layout.tensor > 1:
+        for tokens in micro_batches:
+            found += tensor_traffic(sizes, layout, tokens)
+        found["all_reduce", "tensor"] += 2 * FLOAT64  # the norm
+
+    if layout.data > 1:
+        found += data_traffic(sizes, layout, len(micro_batches))
+
+    return found
+
+
+def tensor_traffic(sizes: ModelConfig, layout: Layout, tokens: Tokens) -> Traffic:
+    """Return the bytes in the tensor-parallel group of one micro-batch, forward and backward."""
+    hidden = sizes.hidden_size * layout.element
+    found: Traffic = Counter()
+    found["all_reduce", "tensor"] += hidden * (tokens.text + tokens.words)  # embedding, word head
+    # largest logit and index, sum of exponentials and own logit of each masked word
+    found["all_reduce", "tensor"] += tokens.words * (3 * FP32 + INT64)
+
+    for layers, count, read in tokens.stacks(sizes):
+        if not layers:
+            continue
+        if layout.sequence_parallel:
+            found += split_rows_traffic(layers, count, read, hidden, layout)
+        else:
+            # attention and MLP, forward (again in recomputation) and backward
+            each = 6 if layout.recompute else 4
+            whole = layers if read is None else layers - 1
+            last = 0.0 if read is None else count + (each - 1) * read
+            found["all_reduce", "tensor"] += hidden * (each * whole * count + last)
+
+    return found
+
+
+def split_rows_traffic(
+    layers: int, count: float, read: float | None, hidden: float, layout: Layout
+) -> Traffic:
+    """Return the bytes of a stack whose token rows are split over the ranks."""
+    ranks = layout.tensor
+    rows = count + ranks - count % ranks  # at least one empty row
+    again = 1 if layout.recompute else 0
+    found: Traffic = Counter()
+    gathered = hidden * rows / ranks
+    whole = layers if read is None else layers - 1
+
+    found["all_gather", "tensor"] += whole * (6 + 2 * again) * gathered
+    found["reduce_scatter", "tensor"] += whole * (4 + 2 * again) * hidden * rows
+    found["all_gather", "tensor"] += gathered  # the split at the start, backward
+    if read is None:
+        found["all_gather", "tensor"] += gathered  # the join at the end
+    else:
+        kept = math.ceil(read / ranks) * ranks
+        part = hidden * kept / ranks
+        found["all_gather", "tensor"] += (3 + 2 * again) * gathered + (5 + again) * part
+        found["reduce_scatter", "tensor"] += 2 * hidden * rows + (3 + 2 * again) * hidden * kept
+
+    found["all_reduce", "tensor"] += layers * 2 * VECTORS * hidden
+
+    return found
+
+
+def data_traffic(sizes: ModelConfig, layout: Layout, micro_batches: int) -> Traffic:
+    """Return the bytes in the data-parallel group of a step."""
+    parameters = rank_parameters(sizes, layout.tensor)
+    gradients = layout.element * parameters
+    found: Traffic = Counter()
+    found["all_reduce", "data"] += LOSSES * FLOAT64  # the targets of the step
+
+    if layout.zero_stage == 0:
+        found["all_reduce", "data"] += gradients
+    elif layout.zero_stage < 3:
+        reductions = micro_batches if layout.zero_stage == 2 else 1
+        found["all_reduce", "data"] += reductions * gradients + 2 * FLOAT64  # and the norm
+        found["all_gather", "data"] += layout.element * sum(shares_of_groups(sizes, layout))
+    else:
+        share = layout.element * sum(shares_of_parameters(sizes, layout))
+        again = max(0, parameters - LIVE) / parameters  # what was released after its forward pass
+        found["all_reduce", "data"] += 2 * FLOAT64  # the norm, and whether it is finite
+        found["all_gather", "data"] += micro_batches * (1 + again) * share
+        found["reduce_scatter", "data"] += micro_batches * layout.data * share
+
+    return found
+
+
+def shares_of_groups(sizes: ModelConfig, layout: Layout) -> list[int]:
+    """Return the elements that a rank updates of each of the optimizer's groups, with padding: a
+    group is cut into equal parts of an even number of elements.
+    """
+    groups: list[int] = []
+    filled = {True: 0, False: 0}
+
+    for shape in rank_shapes(sizes, layout.tensor):
+        decays = len(shape) > 1
+        filled[decays] += math.prod(shape)
+        if filled[decays] >= SUB_GROUP:
+            groups.append(filled[decays])
+            filled[decays] = 0
+
+    groups += [count for count in filled.values() if count]
+
+    return [2 * math.ceil(count / (2 * layout.data)) for count in groups]
+
+
+def shares_of_parameters(sizes: ModelConfig, layout: Layout) -> list[int]:
+    """Return the elements that a rank keeps of each parameter at ZeRO stage 3, with padding."""
+    return [math.ceil(math.prod(s) / layout.data) for s in rank_shapes(sizes, layout.tensor)]
