@@ -1,39 +1,79 @@
 """Count the FLOPs of a training step from the real tokens of a batch (2 per multiply-add)."""
 
-import torch
+from dataclasses import dataclass
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Count a micro-batch's tokens: of texts, of images ([IMG] and regions), samples, those that
+    the last layers are computed for, and the sums of squared lengths, which attention costs.
+    """
+
+    text: float
+    image: float
+    samples: float
+    pictures: float  # samples with an image
+    words: float  # masked
+    regions: float  # masked, of matched pairs
+    text_squares: float
+    image_squares: float
+    joint_squares: float
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> "Tokens":
+        """Count those of a batch."""
+        text = (batch.text_offsets[1:] - batch.text_offsets[:-1]).double()
+        image = (batch.image_offsets[1:] - batch.image_offsets[:-1]).double()
+
+        return cls(
+            float(text.sum()),
+            float(image.sum()),
+            len(batch),
+            len(batch.summary_rows),
+            len(batch.msm_positions),
+            len(batch.mrm_positions),
+            float((text**2).sum()),
+            float((image**2).sum()),
+            float(((text + image) ** 2).sum()),
+        )
+
+    def stacks(self, sizes: ModelConfig) -> list[tuple[int, float, float, float | None]]:
+        """Return (layers, tokens, sum of squared lengths, tokens that leave the last layer; None:
+        all) of each stack.
+        """
+        read = (self.samples + self.words, self.pictures + self.regions)
+        return [
+            (sizes.interaction_layers, self.text + self.image, self.joint_squares, None),
+            (sizes.text_layers, self.text, self.text_squares, read[0]),
+            (sizes.image_layers, self.image, self.image_squares, read[1]),
+        ]
 
 
 def training_flops(config: ModelConfig, batch: PackedBatch) -> float:
     """Return the FLOPs of forward and backward pass (3 x forward) of a batch, matrix products
     only.
     """
-    text = (batch.text_offsets[1:] - batch.text_offsets[:-1]).double()
-    image = (batch.image_offsets[1:] - batch.image_offsets[:-1]).double()
+    return 3 * forward_flops(config, Tokens.of(batch))
+
+
+def forward_flops(config: ModelConfig, tokens: Tokens) -> float:
+    """Return the FLOPs of a forward pass; in the last layer of a stream only QKV and attention see
+    all tokens, the rest only those that are read.
+    """
     hidden = config.hidden_size
+    total = 0.0
 
-    def stack(layers: int, lengths: torch.Tensor, read: float | None = None) -> float:
-        """Count layers over sequences; in the last one, only QKV and attention see all tokens, the
-        rest only the `read` ones.
-        """
-        tokens = float(lengths.sum())
-        attention = layers * (
-            2 * hidden * 3 * hidden * tokens + 4 * hidden * float((lengths**2).sum())
-        )
-        behind = tokens * layers if read is None or not layers else tokens * (layers - 1) + read
+    for layers, count, squares, read in tokens.stacks(config):
+        behind = count * layers if read is None or not layers else count * (layers - 1) + read
+        total += layers * (2 * hidden * 3 * hidden * count + 4 * hidden * squares)
+        total += 2 * hidden * (hidden + 2 * config.ffn_hidden_size) * behind
 
-        return attention + 2 * hidden * (hidden + 2 * config.ffn_hidden_size) * behind
+    total += 2 * hidden * (config.feature_dim + 5) * tokens.image
+    total += 2 * hidden * (hidden + config.padded_vocab_size) * tokens.words
+    total += 2 * hidden * (hidden + config.num_classes) * tokens.regions
+    total += 2 * config.pooled_size * (2 * hidden + 2) * tokens.samples
 
-    words = len(batch.msm_labels)
-    regions = len(batch.mrm_positions)
-    forward = stack(config.interaction_layers, text + image)
-    forward += stack(config.text_layers, text, words + len(batch))
-    forward += stack(config.image_layers, image, regions + len(batch.summary_rows))
-    forward += 2 * hidden * (config.feature_dim + 5) * float(image.sum())
-    forward += 2 * hidden * (hidden + config.padded_vocab_size) * words
-    forward += 2 * hidden * (hidden + config.num_classes) * regions
-    forward += 2 * config.pooled_size * (2 * hidden + 2) * len(batch)
-
-    return 3 * forward
+    return total

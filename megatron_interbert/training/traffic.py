@@ -6,10 +6,9 @@ ZeRO-3 gathers with several micro-batches, between which DeepSpeed keeps some we
 
 import math
 from collections import Counter
-from dataclasses import dataclass
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.data.packing import PackedBatch
+from megatron_interbert.model.flops import Tokens
 from megatron_interbert.training.memory import (
     FP32,
     LIVE,
@@ -30,45 +29,23 @@ VECTORS = 3  # replicated parameters of a norm, whose gradients are summed where
 Traffic = Counter[tuple[str, str]]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """Count a micro-batch's tokens: of texts, of images ([IMG] and regions), samples, and those
-    that the last layers are computed for.
-    """
+def expected_tokens(load: Load) -> Tokens:
+    """Estimate the tokens of a micro-batch by its means."""
+    words, regions = targets_of(load)
+    count = load.samples
+    image = load.regions + 1
 
-    text: float
-    image: float
-    samples: float
-    words: float  # masked
-    regions: float  # masked, of matched pairs
-
-    @classmethod
-    def of(cls, batch: PackedBatch) -> "Tokens":
-        """Count those of a batch."""
-        return cls(
-            len(batch.token_ids),
-            len(batch.locations),
-            len(batch),
-            len(batch.msm_positions),
-            len(batch.mrm_positions),
-        )
-
-    @classmethod
-    def expected(cls, load: Load) -> "Tokens":
-        """Estimate those of a micro-batch by its means."""
-        words, regions = targets_of(load)
-        count = load.samples
-        return cls(
-            count * load.words, count * (load.regions + 1), count, count * words, count * regions
-        )
-
-    def stacks(self, sizes: ModelConfig) -> list[tuple[int, float, float | None]]:
-        """Return (layers, tokens, tokens that leave the last layer; None: all) of each stack."""
-        return [
-            (sizes.interaction_layers, self.text + self.image, None),
-            (sizes.text_layers, self.text, self.samples + self.words),
-            (sizes.image_layers, self.image, self.samples + self.regions),
-        ]
+    return Tokens(
+        count * load.words,
+        count * image,
+        count,
+        count,
+        count * words,
+        count * regions,
+        count * load.words**2,
+        count * image**2,
+        count * (load.words + image) ** 2,
+    )
 
 
 def step_traffic(sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens]) -> Traffic:
@@ -93,7 +70,7 @@ def tensor_traffic(sizes: ModelConfig, layout: Layout, tokens: Tokens) -> Traffi
     # largest logit and index, sum of exponentials and own logit of each masked word
     found["all_reduce", "tensor"] += tokens.words * (3 * FP32 + INT64)
 
-    for layers, count, read in tokens.stacks(sizes):
+    for layers, count, _, read in tokens.stacks(sizes):
         if not layers:
             continue
         if layout.sequence_parallel:

@@ -24,6 +24,7 @@ from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.machines.processes import leave_out_shared_memory
+from megatron_interbert.model.flops import Tokens
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
@@ -32,7 +33,6 @@ from megatron_interbert.training.fragments import FragmentedState, Outline
 from megatron_interbert.training.memory import Load
 from megatron_interbert.training.micro_batch import load_of
 from megatron_interbert.training.model_plan import ModelPlan, build_model
-from megatron_interbert.training.traffic import Tokens
 from megatron_interbert.virtual.tracking import Collective, Tracker
 
 HERE = torch.device("cpu")

@@ -22,6 +22,12 @@ def refused(monkeypatch, *flags):
     return str(caught.value)
 
 
+def run_here(monkeypatch, *flags):
+    """Run the command in this process."""
+    monkeypatch.setattr(sys, "argv", ["plan.py", *map(str, flags)])
+    plan.run(read_options(plan.Options))
+
+
 def test_a_table_of_layouts_that_fit(tmp_path):
     code, out, err = launch(
         *COMMAND,
@@ -115,3 +121,29 @@ def test_any_number_of_devices_is_answered():
     code, out, err = launch(*COMMAND, "--gpus", 10**15, "--micro-batch-size", 1)
     assert code == 0, err
     assert {line.split()[1] for line in out.splitlines()[3:]} == {"1", "2", "4"}
+
+
+def test_speed_by_device(monkeypatch, capsys, tmp_path):
+    """Check that layouts are sorted by samples/s, that the links decide what is fastest, and that
+    the assumptions are printed.
+    """
+    output = tmp_path / "plan.json"
+    flags = ("--model", "m6-10b-dense", "--gpus", 64, "--device", "a100-40")
+    flags = (*flags, "--global-batch-size", 2048, "--output", output)
+    run_here(monkeypatch, *flags)
+    told = capsys.readouterr().out
+    assert "products at 0.45 of 312 TFLOP/s; 230 GB/s between 8 devices of a node" in told
+    assert "36 of 40 used at most" in told
+
+    slow = json.loads(output.read_text())["layouts"]
+    rates = [row["samples_per_second"] for row in slow]
+    assert rates == sorted(rates, reverse=True)
+    for row in slow:
+        assert row["samples_per_second"] == pytest.approx(2048 / sum(row["seconds"].values()))
+
+    # the network no slower than NVLink, and hidden: then splitting layers only costs
+    output.unlink()
+    run_here(monkeypatch, *flags, "--network-bandwidth", 1000, "--overlap", 1)
+    fast = json.loads(output.read_text())["layouts"]
+    assert fast[0]["tensor"] == 1 < slow[0]["tensor"]
+    assert fast[0]["samples_per_second"] > slow[0]["samples_per_second"]

@@ -1,0 +1,135 @@
+"""Predict the time of a training step by arithmetic: products, communication, update.
+
+Products run at a stated share of the device's peak; collectives are rings over the slowest link of
+their group; nothing of them is hidden unless `overlap` says so. On two and four CPU processes the
+prediction is checked against measured steps. For GPUs it rests on the figures of `MACHINES`, which
+are datasheets' and other people's measurements: a comparison of layouts, no promise.
+"""
+
+import math
+from dataclasses import dataclass
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.model.flops import Tokens, forward_flops
+from megatron_interbert.training.memory import BUCKET, SUB_GROUP, Layout, rank_parameters
+from megatron_interbert.training.traffic import data_traffic, tensor_traffic
+
+# bytes that an update moves per parameter of a rank's share: weight, moments and gradient are read
+# and written, the weights of the passes written
+UPDATE_BYTES = 30
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Describe a device and its links. Bandwidths are of one device, in one direction."""
+
+    tflops: float  # dense peak in the dtype of the passes
+    memory_gib: float
+    memory_gb_s: float
+    link_gb_s: float  # between devices of a node, as collectives reach it
+    network_gb_s: float  # between nodes, a device's share
+    per_node: int = 8
+    efficiency: float = 0.45  # share of the peak that the passes reach alone
+    latency: float = 10e-6  # seconds from one device to another
+    overlap: float = 0.0  # share of ZeRO's communication that the backward pass hides
+
+
+# Peaks and memory are from datasheets. Links: what large all-reduces reach by public measurements.
+MACHINES = {
+    "h100": Machine(989.0, 80.0, 3350.0, 360.0, 40.0),
+    "h200": Machine(989.0, 141.0, 4800.0, 360.0, 40.0),
+    "a100": Machine(312.0, 80.0, 2039.0, 230.0, 20.0),
+    "a100-40": Machine(312.0, 40.0, 1555.0, 230.0, 20.0),
+}
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Hold the seconds of a step: products, communication of tensor-parallel and data-parallel
+    groups (what is not hidden), and update.
+    """
+
+    compute: float
+    tensor: float
+    data: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        """Return the seconds of the step."""
+        return self.compute + self.tensor + self.data + self.update
+
+
+def step_time(
+    sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens], machine: Machine
+) -> StepTime:
+    """Predict the time of a step of these micro-batches on each data-parallel rank."""
+    passes = 4 if layout.recompute else 3
+    flops = passes * sum(forward_flops(sizes, tokens) for tokens in micro_batches)
+    compute = flops / layout.tensor / (machine.tflops * 1e12 * machine.efficiency)
+    share = rank_parameters(sizes, layout.tensor)
+    share /= 1 if layout.zero_stage == 0 else layout.data
+
+    return StepTime(
+        compute,
+        tensor_seconds(sizes, layout, micro_batches, machine),
+        data_seconds(sizes, layout, len(micro_batches), machine) * (1 - machine.overlap),
+        UPDATE_BYTES * share / (machine.memory_gb_s * 1e9),
+    )
+
+
+def tensor_seconds(
+    sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens], machine: Machine
+) -> float:
+    """Return the seconds of a step's collectives among tensor-parallel ranks: neighbours."""
+    ranks = layout.tensor
+    if ranks == 1:
+        return 0.0
+
+    bandwidth = machine.link_gb_s if ranks <= machine.per_node else machine.network_gb_s
+    layers = sizes.interaction_layers + sizes.text_layers + sizes.image_layers
+    calls = layers * (6 if layout.recompute else 4) * (2 if layout.sequence_parallel else 1)
+    total = 0.0
+
+    for tokens in micro_batches:
+        given = tensor_traffic(sizes, layout, tokens)
+        total += sum(
+            ring_seconds(operation, count, ranks, bandwidth)
+            for (operation, _), count in given.items()
+        )
+
+    return total + len(micro_batches) * calls * hops(ranks) * machine.latency
+
+
+def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine: Machine) -> float:
+    """Return the seconds of a step's collectives among data-parallel ranks."""
+    ranks = layout.data
+    if ranks == 1:
+        return 0.0
+
+    inside = layout.tensor * ranks <= machine.per_node
+    bandwidth = machine.link_gb_s if inside else machine.network_gb_s
+    parameters = rank_parameters(sizes, layout.tensor)
+    calls = math.ceil(parameters / BUCKET) + math.ceil(parameters / SUB_GROUP)
+    given = data_traffic(sizes, layout, micro_batches)
+    moved = sum(
+        ring_seconds(operation, count, ranks, bandwidth) for (operation, _), count in given.items()
+    )
+
+    return moved + calls * hops(ranks) * machine.latency
+
+
+def hops(ranks: int) -> int:
+    """Return the steps after which a collective has reached all ranks and come back, by a tree."""
+    return 2 * math.ceil(math.log2(ranks))
+
+
+def ring_seconds(operation: str, given: float, ranks: int, gb_s: float) -> float:
+    """Return the seconds that a ring of `ranks` needs to move what each gives into a collective."""
+    steps = {
+        "all_reduce": 2 * (ranks - 1) / ranks,
+        "reduce_scatter": (ranks - 1) / ranks,
+        "all_gather": ranks - 1,
+    }
+
+    return given * steps[operation] / (gb_s * 1e9)
