@@ -13,6 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -168,8 +169,9 @@ def micro_batches(config: DryRunConfig, job: Job, state: VirtualState) -> list[P
 def rehearse_all(config: DryRunConfig) -> list[Rehearsal]:
     """Rehearse the chosen ranks, each in a process of its own; UsageError if one cannot run."""
     ranks = config.chosen_ranks()
+    import_module("torch._dynamo")  # what all ranks need, before they are forked
     with without_values():
-        torch.zeros(1) + 1  # imports what all ranks need, before they are forked
+        torch.zeros(1) + 1
     context = multiprocessing.get_context("fork")
     at_once = min(config.processes or len(os.sched_getaffinity(0)), len(ranks))
     found = []

@@ -241,8 +241,13 @@ def check_parameters_that_do_not_stay(store, expected):
 
 
 def check_templates(store, expected):
-    """Check that every shipped DeepSpeed JSON, with offload too, trains with the same losses."""
+    """Check that every shipped DeepSpeed JSON, with offload too, trains with the same losses;
+    tests/training/test_swap.py has those for NVMe, which need a larger model.
+    """
     for template in sorted((Path(__file__).resolve().parents[2] / "ds_configs").glob("*.json")):
+        if "nvme" in template.stem:
+            continue
+
         config = run_config(store, deepspeed_config=str(template), micro_batch_size=BATCH // 2)
         config.given = {"micro_batch_size", "global_batch_size"}
         compare(

@@ -87,7 +87,7 @@ def test_a_sound_run(folder: Path, stage: int, ranks: str, capsys: pytest.Captur
 
 def check_traffic(figures: dict) -> None:
     """Compare what the arithmetic says of each collective with what was called: equal bytes."""
-    assert len(figures["collectives"]) >= 3
+    assert len(figures["collectives"]) >= 2
     for one in figures["collectives"]:
         assert one["planned"] == one["bytes"], one
 
