@@ -11,7 +11,8 @@ GPU is paid for. Activations are those of plain torch operations: fused GPU kern
 
 import multiprocessing
 import os
-from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -167,7 +168,7 @@ def micro_batches(config: DryRunConfig, job: Job, state: VirtualState) -> list[P
 
 
 def rehearse_all(config: DryRunConfig) -> list[Rehearsal]:
-    """Rehearse the chosen ranks, each in a process of its own; UsageError if one cannot run."""
+    """Rehearse the chosen ranks in several processes; UsageError if one cannot run."""
     ranks = config.chosen_ranks()
     import_module("torch._dynamo")  # what all ranks need, before they are forked
     with without_values():
@@ -176,13 +177,19 @@ def rehearse_all(config: DryRunConfig) -> list[Rehearsal]:
     at_once = min(config.processes or len(os.sched_getaffinity(0)), len(ranks))
     found = []
 
-    with context.Pool(at_once, maxtasksperchild=1) as pool:
-        tasks = [(config, rank) for rank in ranks]
-        results: Iterator[Rehearsal | str] = pool.imap(rehearse_rank, tasks)
-        for result in progress(results, total=len(ranks), desc="ranks", unit="rank"):
-            if isinstance(result, str):
-                raise UsageError(f"rank {ranks[len(found)]}: {result}")
-            found.append(result)
+    with ProcessPoolExecutor(at_once, context) as pool:
+        results = pool.map(rehearse_rank, [(config, rank) for rank in ranks])
+        try:
+            for result in progress(results, total=len(ranks), desc="ranks", unit="rank"):
+                if isinstance(result, str):
+                    pool.shutdown(cancel_futures=True)
+                    raise UsageError(f"rank {ranks[len(found)]}: {result}")
+                found.append(result)
+        except BrokenProcessPool as error:
+            raise UsageError(
+                "a process that rehearsed a rank was killed (memory ran out?); give a smaller"
+                " --processes"
+            ) from error
 
     return found
 
