@@ -146,8 +146,7 @@ def check_names(
                 " another model"
             )
 
-        held = getattr(parameter, "ds_shape", parameter.shape)
-        expected = full_shape(name, held, state.tensor_size)
+        expected = full_shape(name, parameter.shape, state.tensor_size)
         if list(shapes[name]) != expected:
             raise UsageError(
                 f"{where}: {name} has shape {list(shapes[name])}, the model expects {expected};"

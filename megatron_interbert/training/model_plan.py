@@ -29,7 +29,7 @@ class ModelPlan:
     recompute: bool
 
     def make(self, streams: RandomStreams | None = None) -> InterBert:
-        """Build the model to train; see training/construction.py for its memory."""
+        """Build the model to train; see model/construction.py for its memory."""
         return InterBert(
             self.job.model_config,
             self.job.heads,

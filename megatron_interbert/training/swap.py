@@ -21,7 +21,7 @@ import torch.utils.cpp_extension
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import open_folder, open_lock, take_lock
+from megatron_interbert.files import open_folder, take_lock
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.training.deepspeed_config import offload_blocks
 
@@ -50,7 +50,9 @@ def prepare_swap(settings: dict[str, Any], parameters: int, ranks: int) -> dict[
         needed[path] = needed.get(path, 0) + each * parameters // ranks
 
     for path, count in needed.items():
-        check_room(Path(path), math.ceil(count * ROOM) * read_launch().local_size)
+        with alone_in(Path(path)):
+            check_room(Path(path), math.ceil(count * ROOM) * read_launch().local_size)
+            own_folder(path)
 
     zero = dict(settings["zero_optimization"])
     for name, block in blocks.items():
@@ -115,16 +117,18 @@ def load_library() -> None:
         )
 
     root = Path(torch.utils.cpp_extension._get_build_directory("async_io", verbose=False)).parent
-    with waiting_lock(root / "megatron_interbert.lock"):
+    with alone_in(root):
         for name in ("async_io", "pin_memory"):
             (root / name / "lock").unlink(missing_ok=True)
         AsyncIOBuilder().load(verbose=False)
 
 
 @contextlib.contextmanager
-def waiting_lock(path: Path) -> Iterator[None]:
-    """Hold a file's lock, after waiting for the process that has it."""
-    handle = open_lock(path)
+def alone_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, after waiting for the process that has it: of several that start
+    at once, none takes what another has just made for what a killed one has left.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
     try:
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -135,9 +139,17 @@ def waiting_lock(path: Path) -> Iterator[None]:
 
 def swap_files(optimizer: Any) -> Iterator[tuple[Path, int]]:
     """Yield each swap file that DeepSpeed's stage-3 optimizer has written, and its full size."""
+    if optimizer.params_in_nvme_and_cpu:
+        of_parameters = optimizer.fp16_groups[0][0].nvme_swapper
+        for number, path in of_parameters.id_to_path.items():
+            count = of_parameters.param_id_to_numel[number]
+            yield Path(path), of_parameters._io_aligned_numel(count) * PARAMETER_BYTES
+
+    if not optimizer.swap_optimizer:
+        return
+
     swapper = optimizer.optimizer_swapper
     element = swapper.swap_element_size
-
     for info in swapper.swap_params_info.values():
         whole = swapper._io_aligned_numel(info.numel()) * element
         for path in info.get_swap_paths():
@@ -147,10 +159,11 @@ def swap_files(optimizer: Any) -> Iterator[tuple[Path, int]]:
 
 
 def check_swap_files(optimizer: Any) -> None:
-    """Wait until all is written, and raise TrainingStopped if a swap file is shorter than what was
-    written to it: the disk was full, and the state on it is lost.
+    """Wait until gradients are written, and raise TrainingStopped if a swap file is shorter than
+    what was written to it: the disk was full, and the state on it is lost.
     """
-    optimizer.optimizer_swapper.flush_gradients()
+    if optimizer.swap_optimizer:
+        optimizer.optimizer_swapper.flush_gradients()
 
     for path, size in swap_files(optimizer):
         found = path.stat().st_size if path.exists() else 0

@@ -50,7 +50,7 @@ class DeepSpeedUpdate:
         self._check_swap()
 
     def _check_swap(self) -> None:
-        if getattr(self.engine.optimizer, "swap_optimizer", False):
+        if self.stage == 3:
             check_swap_files(self.engine.optimizer)
 
     def step(self) -> tuple[float, bool]:

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.reading import reading
 
 DTYPES = {
     "F64": torch.float64,
@@ -171,14 +172,15 @@ class TensorFile:
     def read(self, name: str, start: int, length: int) -> torch.Tensor:
         """Read elements [start, start + length) of a flattened tensor: [length].
 
-        Only they are read from the disk. Raises OSError if it fails, or the file ends before them.
+        Only they are read from the disk. Raises Unreadable if the disk fails, or the file ends
+        before them.
         """
         dtype = self.layout(name).dtype
         found = torch.empty(length, dtype=dtype)
         buffer = memoryview(found.view(torch.uint8).numpy())
         position = self._begins[name] + start * dtype.itemsize
 
-        with open(self.path, "rb", buffering=0) as handle:
+        with reading(self.path), open(self.path, "rb", buffering=0) as handle:
             while buffer:
                 count = os.preadv(handle.fileno(), [buffer[:MOST_READ]], position)
                 if not count:
