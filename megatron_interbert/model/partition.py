@@ -81,12 +81,6 @@ class Runs:
         """Return the index after the last element."""
         return self.start + (self.count - 1) * self.stride + self.length
 
-    def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """Return the runs, one after another, of a flat tensor that holds the whole parameter; a
-        view if there is only one.
-        """
-        return self.within(flat[self.start : self.end])
-
     def within(self, covering: torch.Tensor) -> torch.Tensor:
         """Return the runs, one after another, of a contiguous flat tensor that begins at `start`
         and ends at `end`.
@@ -146,7 +140,7 @@ class SliceRun:
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
         """Return the run's elements of a flat tensor that holds the whole parameter."""
-        return joined([runs.of(flat) for runs in self.in_full()])
+        return joined([runs.within(flat[runs.start : runs.end]) for runs in self.in_full()])
 
     def gather(self, read: Callable[[int, int], torch.Tensor]) -> torch.Tensor:
         """Return the run's elements by `read(start, length)`, which returns contiguous elements of

@@ -73,12 +73,7 @@ def load_model(
     model = on_meta(lambda: InterBert(source.config, heads, state=state, kernels=chosen, **options))
     names = check_names({n: e.shape for n, e in source.layouts.items()}, model, state, load)
     model = give_memory(choose_precision(precision, device).convert(model), device)
-    fill_model(
-        model,
-        lambda run: run.gather(lambda start, length: source.read(run.name, start, length)),
-        state,
-        names,
-    )
+    fill_model(model, source.read_run, state, names)
 
     return model.eval(), source
 

@@ -35,7 +35,7 @@ class InitialWeights:
         """Return a run of a parameter's weights ("weight"): [length]."""
         if run.name not in self.names:
             return self.first.read(kind, run)
-        return run.gather(lambda start, length: self.source.read(run.name, start, length))
+        return self.source.read_run(run)
 
 
 def open_initial_weights(

@@ -1,5 +1,6 @@
 """Plan and build a run's models: sizes, heads, kernels, random streams."""
 
+import functools
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,16 +54,6 @@ class ModelPlan:
         model = self.whole(streams, device, dtype)
         initialise(model, self.job.model_config, self.seed, self.state)
         return model
-
-    def sharded(
-        self,
-        streams: RandomStreams,
-        device: torch.device,
-        dtype: torch.dtype,
-        settings: dict[str, Any],
-    ) -> InterBert:
-        """Build the model split among the data-parallel ranks by DeepSpeed's `settings`."""
-        return sharded_model(lambda: self.make(streams), device, dtype, self.state, settings)
 
     def for_evaluation(self) -> InterBert:
         """Build a model to copy weights into, without memory yet and with whole rows: evaluations
@@ -119,6 +110,7 @@ def build_model(
     settings = settings or engine_settings(config, plan.state, plan.without_memory())
     dtype = working_dtype(config)
     if shards_weights(config, plan.state, settings):
-        return plan.sharded(streams, device, dtype, settings)
+        make = functools.partial(plan.make, streams)
+        return sharded_model(make, device, dtype, plan.state, settings)
 
     return plan.whole(streams, device, dtype)

@@ -14,6 +14,7 @@ import torch
 
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError, out_of_memory
+from megatron_interbert.model.partition import SliceRun
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.reading import read_json
 from megatron_interbert.weights.fitting import (
@@ -74,9 +75,9 @@ class WeightSource:
     def __post_init__(self) -> None:
         self.read = self.read or runs_of(lambda name: self.get(name))
 
-    def state(self) -> dict[str, torch.Tensor]:
-        """Read all tensors at once."""
-        return {name: self.get(name) for name in self.layouts}
+    def read_run(self, run: SliceRun) -> torch.Tensor:
+        """Read a run of a rank's slice of a parameter: [length]."""
+        return run.gather(lambda start, length: self.read(run.name, start, length))
 
 
 def recognise(path: str | Path) -> str:

@@ -92,7 +92,7 @@ class TensorWriter:
         expected, entry = next(self._coming, ("no further tensor", None))
         if name != expected or tensor.dtype != entry.dtype or tuple(tensor.shape) != entry.shape:
             raise ValueError(
-                f"{name}: {tensor.dtype} {list(tensor.shape)} given, expected {expected} {entry}"
+                f"{name}: {tensor.dtype} {list(tensor.shape)} given, expected {expected}: {entry}"
             )
 
         content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

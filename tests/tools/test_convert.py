@@ -283,7 +283,7 @@ def test_large_models_pass_tensor_by_tensor(tmp_path):
         "import sys; from megatron_interbert.weights.sources import *; s ="
         " open_weights(sys.argv[1]);"
     )
-    code += "x = {n: t.clone() for n, t in s.state().items()}"
+    code += "x = {n: s.get(n).clone() for n in s.layouts}"
     assert peak_memory([sys.executable, "-c", code, str(tmp_path / "base")]) > idle + 500e6, (
         "a whole model would be noticed"
     )
