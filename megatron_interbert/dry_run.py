@@ -201,7 +201,7 @@ def planned_memory(config: DryRunConfig, rehearsal: Rehearsal) -> Memory:
 
 
 def planned_traffic(config: DryRunConfig, rehearsal: Rehearsal) -> Traffic:
-    """Predict the bytes that a rank gives into its collectives by arithmetic."""
+    """Predict the bytes that a rank contributes to its collectives by arithmetic."""
     layout = layout_of(config, config.data_parallel_size, rehearsal.kernels)
     return step_traffic(rehearsal.sizes, layout, rehearsal.tokens)
 
@@ -225,7 +225,7 @@ def describe(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
             f"memory of a rank: {largest.states / GIB:.2f} GiB between steps, peak"
             f" {largest.peak / GIB:.2f} (planned {planned.peak / GIB:.2f}), rank {largest.rank}"
         ),
-        f"collectives of a step of rank {first.rank}, with the bytes that it gives in:",
+        f"collectives of a step of rank {first.rank}, with the bytes that it contributes:",
         *table(Volumes.of(first.collectives), planned_traffic(config, first)),
     ]
 

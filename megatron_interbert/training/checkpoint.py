@@ -129,11 +129,6 @@ class Snapshot:
     prune: bool = True  # remove older checkpoints afterwards
     alive: Callable[[], None] = lambda: None  # called after each piece, if training waits
 
-    @property
-    def bytes(self) -> int:
-        """Return the bytes of all tensors."""
-        return FP32 * len(self.kinds) * sum(piece.length for piece in self.outline)
-
 
 class Checkpoints:
     """Save and load the checkpoints of one run.
@@ -471,12 +466,10 @@ class Checkpoints:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
 
         started = time.monotonic()
-        training_state = FragmentedState(engine)
-        training_state.fill(reader, manifest["training_state"])
+        read = FP32 * FragmentedState(engine).fill(reader, manifest["training_state"])
         seconds = time.monotonic() - started
-        read = FP32 * len(training_state.kinds) * sum(p.length for p in training_state.outline())
         self._messages.put(
-            f"read {path} ({seconds:.2f} s on rank 0, {read / 1e9:.2f} GB of its own,"
+            f"read {path} (rank 0: {seconds:.2f} s, {read / 1e9:.2f} GB,"
             f" {read / seconds / 1e6:.0f} MB/s)"
         )
         self.newest = path

@@ -274,16 +274,23 @@ class FragmentedState:
                 tensor[first : first + part.length] = source.read(kind, part)
 
     @torch.no_grad()
-    def fill(self, source: Source, scalars: dict[str, Any]) -> None:
-        """Fill in weights, moments and scalars from a checkpoint of any layout and precision."""
+    def fill(self, source: Source, scalars: dict[str, Any]) -> int:
+        """Fill in weights, moments and scalars from a checkpoint of any layout and precision;
+        return how many elements were read.
+        """
+        count = 0
+
         with self._refreshing_model():
             for fragment in self.held(change=True):
                 self._read_into(fragment, source)
+                count += fragment.length * len(fragment.tensors)
 
         for flat, _ in self._lines():
             self.adam.state[flat]["step"].fill_(scalars["adam_step"])
         if self.engine.precision == "fp16" and "loss_scaler" in scalars:
             vars(self.zero.loss_scaler).update(scalars["loss_scaler"])
+
+        return count
 
     @torch.no_grad()
     def copy_into(self, model: nn.Module, kind: str = "weight") -> None:

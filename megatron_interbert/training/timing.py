@@ -125,7 +125,7 @@ def hops(ranks: int) -> int:
 
 
 def ring_seconds(operation: str, given: float, ranks: int, gb_s: float) -> float:
-    """Return the seconds that a ring of `ranks` needs to move what each gives into a collective."""
+    """Return the seconds of a collective as a ring of ranks that contribute `given` bytes each."""
     steps = {
         "all_reduce": 2 * (ranks - 1) / ranks,
         "reduce_scatter": (ranks - 1) / ranks,

@@ -1,4 +1,4 @@
-"""Predict what a rank gives into each collective of an optimizer step, by arithmetic.
+"""Predict what a rank contributes to each collective of an optimizer step, by arithmetic.
 
 Tests compare it with the collectives of a dry run: equal bytes. One case is an upper bound: what
 ZeRO-3 gathers with several micro-batches, between which DeepSpeed keeps some weights.
@@ -49,7 +49,7 @@ def expected_tokens(load: Load) -> Tokens:
 
 
 def step_traffic(sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens]) -> Traffic:
-    """Return the bytes that a rank gives into each kind of collective in a step."""
+    """Return the bytes that a rank contributes to each kind of collective in a step."""
     found: Traffic = Counter()
     if layout.tensor > 1:
         for tokens in micro_batches:

@@ -2,7 +2,7 @@
 tensors and a fake process group.
 
 Fake tensors have shapes, types and no content, so a rank of any size runs on a laptop; a fake group
-takes every collective and does nothing. Whatever depends on values is given some: norms are 1.
+accepts every collective and does nothing. Where a computation asks for a value, it gets 1.
 """
 
 import contextlib

@@ -24,7 +24,7 @@ NAMES = {
 @dataclass(frozen=True)
 class Collective:
     """Describe one collective of a rank: its operation, its group ("tensor", "data" or "world"),
-    and the elements and dtype that it gives in.
+    and the elements and dtype that it contributes.
     """
 
     operation: str
@@ -34,13 +34,13 @@ class Collective:
 
     @property
     def bytes(self) -> int:
-        """Return the bytes that the rank gives in."""
+        """Return the bytes that the rank contributes."""
         return self.elements * getattr(torch, self.dtype).itemsize
 
 
 @dataclass
 class Volumes:
-    """Hold how often a rank calls each collective, and the bytes that it gives in."""
+    """Hold how often a rank calls each collective, and the bytes that it contributes."""
 
     calls: Counter = field(default_factory=Counter)
     bytes: Counter = field(default_factory=Counter)
@@ -127,7 +127,7 @@ def _is_group(value: torch.ScriptObject) -> bool:
 
 
 def _inputs(operation: str, args: tuple) -> list[torch.Tensor]:
-    """Return the tensors that a rank gives in: by torch's convention they follow those for the
+    """Return the tensors that a rank contributes: by torch's convention they follow those for the
     result, if these are separate.
     """
     separate = ("gather", "scatter", "alltoall")
