@@ -3,12 +3,15 @@ loss in silence when a disk is full.
 """
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
+import torch.utils.cpp_extension
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels.choice import Kernels
@@ -16,21 +19,45 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training import swap
 from megatron_interbert.training.memory import rank_parameters
 from tests.dist import run_on_ranks
-from tests.sizes import MEASURABLE as SIZES
+from tests.sizes import MEASURABLE
 
 SAVED = 2
 LAST = 4
+
+
+def library_is_built() -> bool:
+    """Check whether DeepSpeed's I/O library was built with this environment's torch: that takes
+    some minutes on all cores, in which other tests would run out of their time.
+    """
+    folder = Path(torch.utils.cpp_extension._get_build_directory("async_io", verbose=False))
+    orders = folder / "build.ninja"
+    here = os.path.dirname(torch.__file__)
+
+    return (folder / "async_io.so").is_file() and f"{here}/include" in orders.read_text()
+
 
 needs_library = pytest.mark.skipif(
     not AsyncIOBuilder().is_compatible(verbose=False),
     reason="no libaio or compiler (apt-get install libaio-dev g++)",
 )
+needs_built_library = pytest.mark.skipif(
+    not library_is_built(),
+    reason="DeepSpeed's I/O library is not built (CONTRIBUTING.md says how, in some minutes)",
+)
 
 
 class Run:
-    """Train a model of 9 M parameters on random samples through the engine."""
+    """Train a small model on random samples through the engine."""
 
-    def __init__(self, folder: str, name: str, device: str, load: str = "", stage: int = 3) -> None:
+    def __init__(
+        self,
+        folder: str,
+        name: str,
+        device: str,
+        load: str = "",
+        stage: int = 3,
+        sizes: ModelConfig = MEASURABLE,
+    ) -> None:
         from megatron_interbert.parallel.rng import RandomStreams
         from megatron_interbert.tasks.pretraining import PretrainingTask
         from megatron_interbert.tasks.task import Job
@@ -40,6 +67,7 @@ class Run:
         from megatron_interbert.training.model_plan import ModelPlan, build_model
         from megatron_interbert.training.optimizer import elements
 
+        self.sizes = sizes
         self.state = ParallelState()
         self.streams = RandomStreams(0, self.state.data_rank)
         self.task = PretrainingTask()
@@ -52,7 +80,7 @@ class Run:
             nvme_path=f"{folder}/nvme",
             ema_decay=0.9,
         )
-        job = Job(self.task, None, SIZES, ("msm", "mrm", "itm"), {}, "")
+        job = Job(self.task, None, sizes, ("msm", "mrm", "itm"), {}, "")
         plan = ModelPlan(job, self.state, Kernels(), 0, recompute=False)
         names = plan.without_memory()
         settings = engine_settings(self.config, self.state, names)
@@ -61,7 +89,7 @@ class Run:
         self.engine = Engine(model, self.config, self.state, settings=settings)
         described = {"store": "", "manifest_sha256": "s", "vocabulary": "v", "detector": {}}
         vocabulary = f"{folder}/vocab.txt"
-        self.checkpoints = Checkpoints(self.config, SIZES, self.state, described, vocabulary)
+        self.checkpoints = Checkpoints(self.config, sizes, self.state, described, vocabulary)
         self.progress = Progress()
         if load:
             self.progress = self.checkpoints.load(self.engine, Path(load))
@@ -78,7 +106,8 @@ class Run:
         for step in range(self.progress.step + 1, last + 1):
             self.streams.start_step(step)
             seed = 10 * step + self.state.data_rank
-            batch = pack(random_examples(SIZES, 2, (8, 20), (10, 36), seed=seed), SIZES.feature_dim)
+            examples = random_examples(self.sizes, 2, (8, 20), (10, 36), seed=seed)
+            batch = pack(examples, self.sizes.feature_dim)
             totals = self.state.sum_over_data(batch.target_counts())
             loss = self.task.loss(self.engine.forward(batch), batch, totals)[0]
             self.engine.backward(loss, last=True)
@@ -134,13 +163,15 @@ def train_everywhere(folder: str) -> None:
             assert results == undisturbed[target][SAVED:]
 
 
-def check_close(results: list[tuple[float, float]], expected: list[tuple[float, float]]) -> None:
+def check_close(
+    results: list[tuple[float, float]], expected: list[tuple[float, float]], of_norm: float = 1e-3
+) -> None:
     """Compare losses and norms: DeepSpeed sums the norm in float32 under offload, float64 without,
     and clipping by it rounds weights to other bfloat16 numbers.
     """
     for (loss, norm), (other_loss, other_norm) in zip(results, expected, strict=True):
         assert abs(loss / other_loss - 1) < 1e-4, (results, expected)
-        assert abs(norm / other_norm - 1) < 1e-3, (results, expected)
+        assert abs(norm / other_norm - 1) < of_norm, (results, expected)
 
 
 def check_files(run: Run, folder: str) -> None:
@@ -148,7 +179,7 @@ def check_files(run: Run, folder: str) -> None:
     files = dict(swap.swap_files(run.engine.deepspeed.optimizer))
     assert files
     assert all(path.is_relative_to(f"{folder}/nvme") for path in files)
-    share = rank_parameters(SIZES, 1) / run.state.data_size
+    share = rank_parameters(MEASURABLE, 1) / run.state.data_size
     assert sum(path.stat().st_size for path in files) > 11 * share
     swap.check_swap_files(run.engine.deepspeed.optimizer)
 
@@ -160,7 +191,7 @@ def check_files(run: Run, folder: str) -> None:
     path.write_bytes(content)
 
 
-@needs_library
+@needs_built_library
 def test_offload_to_nvme(tmp_path: Path) -> None:
     (tmp_path / "nvme").mkdir()
     (tmp_path / "vocab.txt").write_text("x\n")

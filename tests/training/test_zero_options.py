@@ -12,6 +12,7 @@ from megatron_interbert.config.training import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.training.deepspeed_config import merge
 from tests.dist import run_on_ranks
+from tests.sizes import SMALL
 from tests.training.test_swap import LAST, SAVED, Run, check_close
 
 OPTIONS = {
@@ -33,7 +34,7 @@ def compare(folder: str) -> None:
                 continue
 
             groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of an engine before this one
-            run = Run(folder, f"{stage}-{name}", name, stage=stage)
+            run = Run(folder, f"{stage}-{name}", name, stage=stage, sizes=SMALL)
             before = run.train(SAVED)
             run.save()
             undisturbed[name] = before + run.train(LAST)
@@ -43,11 +44,12 @@ def compare(folder: str) -> None:
 
             groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None
             path = f"{folder}/{stage}-{name}/global_step{SAVED}"
-            resumed = Run(folder, f"{stage}-{name}-again", name, load=path, stage=stage)
+            again = f"{stage}-{name}-again"
+            resumed = Run(folder, again, name, load=path, stage=stage, sizes=SMALL)
             assert resumed.train(LAST) == undisturbed[name][SAVED:], (stage, name)
 
         for results in undisturbed.values():
-            check_close(results, undisturbed["plain"])
+            check_close(results, undisturbed["plain"], of_norm=2**-8)  # a rounding of bfloat16
             # at stage 1 DeepSpeed sums gradients in another order if it overlaps them
             assert stage == 1 or results == undisturbed["plain"], stage
 
