@@ -33,14 +33,15 @@ from megatron_interbert.machines.processes import aligned, quiet_libraries
 from megatron_interbert.model.interbert import PRETRAINING_HEADS
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parallel.agreement import some
+from megatron_interbert.planning.layout import rank_parameters
+from megatron_interbert.planning.memory import Memory, predict
+from megatron_interbert.planning.traffic import Traffic, step_traffic
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.pretraining import PretrainingTask, pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import agree_with_json, merge
-from megatron_interbert.training.memory import Memory, predict, rank_parameters
 from megatron_interbert.training.micro_batch import layout_of
 from megatron_interbert.training.model_plan import plan_model
-from megatron_interbert.training.traffic import Traffic, step_traffic
 from megatron_interbert.virtual.comparison import find_hang, missing_or_double
 from megatron_interbert.virtual.rank import (
     HERE,
@@ -223,7 +224,7 @@ def describe(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
         ),
         (
             f"memory of a rank: {largest.states / GIB:.2f} GiB between steps, peak"
-            f" {largest.peak / GIB:.2f} (planned {planned.peak / GIB:.2f}), rank {largest.rank}"
+            f" {largest.peak / GIB:.2f} (planned {planned.together / GIB:.2f}), rank {largest.rank}"
         ),
         f"collectives of a step of rank {first.rank}, with the bytes that it contributes:",
         *table(Volumes.of(first.collectives), planned_traffic(config, first)),
@@ -269,7 +270,7 @@ def record(config: DryRunConfig, rehearsals: list[Rehearsal]) -> dict[str, Any]:
                 "rank": one.rank,
                 "states": one.states,
                 "peak": one.peak,
-                "planned": planned_memory(config, one).peak,
+                "planned": planned_memory(config, one).together,
             }
             for one in rehearsals
         ],

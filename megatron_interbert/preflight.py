@@ -37,6 +37,7 @@ from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
+from megatron_interbert.planning.memory import predict
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import (
     describe_data,
@@ -54,7 +55,6 @@ from megatron_interbert.training.deepspeed_config import (
 )
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.memory import predict
 from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of
 from megatron_interbert.training.model_plan import build_model, plan_model
 from megatron_interbert.training.optimizer import learning_rate

@@ -4,10 +4,10 @@
     interbert plan --model large --gpus 64 --gpu-memory 40 --regions 10-100 --global-batch-size 4096
     interbert plan --model m6-10b-dense --gpus 512 --device h100 --global-batch-size 8192
 
-Memory is computed by training/memory.py, which tests hold to within 10 % of what torch's allocator
+Memory is computed by planning/memory.py, which tests hold to within 10 % of what torch's allocator
 counts on a CPU; on GPUs it has not been compared. A device also holds its driver's context and the
 allocator's fragments: --reserve leaves room for them. With --device, layouts are sorted by
-predicted samples/s (training/timing.py); what that assumes is printed, and on GPUs it has not been
+predicted samples/s (planning/timing.py); what that assumes is printed, and on GPUs it has not been
 compared either.
 """
 
@@ -25,9 +25,10 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned
 from megatron_interbert.model.presets import load_model_config
-from megatron_interbert.training.memory import Layout, Load, Memory, largest_micro_batch, predict
-from megatron_interbert.training.timing import MACHINES, Machine, StepTime, step_time
-from megatron_interbert.training.traffic import expected_tokens
+from megatron_interbert.planning.layout import Layout, Load
+from megatron_interbert.planning.memory import Memory, largest_micro_batch, predict
+from megatron_interbert.planning.timing import MACHINES, Machine, StepTime, step_time
+from megatron_interbert.planning.traffic import expected_tokens
 
 GIB = 2**30
 MOST = 1 << 16  # largest micro-batch that is tried

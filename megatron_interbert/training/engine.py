@@ -10,9 +10,9 @@ from torch import nn
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.layout import BUCKET, SUB_GROUP
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.ema import AveragedWeights
-from megatron_interbert.training.memory import BUCKET, SUB_GROUP
 from megatron_interbert.training.optimizer import (
     elements,
     parameter_groups,

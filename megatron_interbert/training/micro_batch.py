@@ -16,8 +16,10 @@ from megatron_interbert.machines.host import free_memory
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.layout import ON_DEVICE, Layout, Load
+from megatron_interbert.planning.memory import Memory, predict
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.training.memory import Layout, Load, predict
+from megatron_interbert.training.deepspeed_config import offload_blocks, read_deepspeed_config
 from megatron_interbert.training.model_plan import working_dtype
 
 USED = 0.8  # share of memory a step may take by prediction, which is accurate to 10 %
@@ -26,7 +28,10 @@ LONGEST_TRIAL = 20.0  # seconds of a pass beyond which no larger size is tried
 
 
 def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) -> Layout:
-    """Describe how a run trains, as input to the memory prediction."""
+    """Describe how a run trains, as input to predictions."""
+    blocks = offload_blocks(read_deepspeed_config(config))
+    places = {name: block.get("device", ON_DEVICE) for name, block in blocks.items()}
+
     return Layout(
         data=data_parallel_size,
         tensor=config.tensor_model_parallel_size,
@@ -36,6 +41,8 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
         recompute=config.recompute_activations,
         sequence_parallel=config.sequence_parallel,
         loss_scale=config.fp16,
+        optimizer_on=places["offload_optimizer"],
+        parameters_on=places["offload_param"],
     )
 
 
@@ -82,8 +89,8 @@ class Trial:
 
     def fits(self, batch: PackedBatch, room: float) -> bool:
         """Check whether such a step is predicted to fit in `room` bytes on every rank."""
-        peak = predict(self.job.model_config, self.layout, load_of(batch)).peak
-        return all(self.state.gather(peak <= room))
+        memory = predict(self.job.model_config, self.layout, load_of(batch))
+        return all(self.state.gather(needed_on(self.device, memory) <= room))
 
     def seconds(self, model: InterBert, batch: PackedBatch) -> float | None:
         """Return the seconds of a forward and a backward pass on the slowest rank; None if a rank
@@ -221,6 +228,11 @@ def still_fits(trial: Trial, samples: int) -> bool:
     with local_errors():
         batch = trial.batch(samples)
     return trial.fits(batch, memory_of(trial.device))
+
+
+def needed_on(device: torch.device, memory: Memory) -> float:
+    """Return the bytes that a rank needs where memory_of counts: a CPU is its own host."""
+    return memory.peak if device.type == "cuda" else memory.together
 
 
 def memory_of(device: torch.device) -> float:

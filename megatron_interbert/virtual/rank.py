@@ -27,10 +27,10 @@ from megatron_interbert.machines.processes import leave_out_shared_memory
 from megatron_interbert.model.flops import Tokens
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.layout import Load
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.fragments import FragmentedState, Outline
-from megatron_interbert.training.memory import Load
 from megatron_interbert.training.micro_batch import load_of
 from megatron_interbert.training.model_plan import ModelPlan, build_model
 from megatron_interbert.virtual.tracking import Collective, Tracker

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten
 
 # what takes part in no exchange of data
 IGNORED = ("barrier", "monitored_barrier_")
-# torch's operations under the names of training/traffic.py
+# torch's operations under the names of planning/traffic.py
 NAMES = {
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",

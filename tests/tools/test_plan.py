@@ -1,4 +1,4 @@
-"""Test tools/plan.py: layouts that fit, as a table and as JSON; tests/training/test_memory.py tests
+"""Test tools/plan.py: layouts that fit, as a table and as JSON; tests/planning/test_memory.py tests
 the arithmetic itself.
 """
 

@@ -16,8 +16,8 @@ from megatron_interbert.config.training import RunConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.layout import rank_parameters
 from megatron_interbert.training import swap
-from megatron_interbert.training.memory import rank_parameters
 from tests.dist import run_on_ranks
 from tests.sizes import MEASURABLE
 

@@ -85,6 +85,19 @@ def test_a_sound_run(folder: Path, stage: int, ranks: str, capsys: pytest.Captur
     assert "checkpoint: each element of weights and moments is saved once" in out
 
 
+def test_memory_with_offload(folder: Path) -> None:
+    """Check what is on device and host together: a dry run does not tell them apart."""
+    for stage in (1, 3):
+        file = folder / f"offload{stage}.json"
+        places = {"offload_optimizer": {"device": "cpu"}}
+        if stage == 3:
+            places["offload_param"] = {"device": "cpu"}
+        file.write_text(json.dumps({"zero_optimization": {"stage": stage, **places}}))
+
+        [one] = rehearse(folder, zero_stage=stage, ranks="0", deepspeed_config=str(file))["ranks"]
+        assert abs(one["peak"] / one["planned"] - 1) < 0.1, (stage, one)
+
+
 def check_traffic(figures: dict) -> None:
     """Compare what the arithmetic says of each collective with what was called: equal bytes."""
     assert len(figures["collectives"]) >= 2

@@ -23,9 +23,10 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.layout import Layout, Load
+from megatron_interbert.planning.memory import predict
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.memory import Layout, Load, predict
 from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.virtual.samples import random_examples
 from tests.gpu.stages.data import base_store
@@ -137,7 +138,7 @@ def measure_steps(place: Place, record: Record) -> None:
 
 
 def load_of(setting: Setting, batch: PackedBatch | None = None) -> Load:
-    """Describe a micro-batch for training/memory.py: as packed, or as expected without one."""
+    """Describe a micro-batch for planning/memory.py: as packed, or as expected without one."""
     words = sum(WORDS) / 2
     regions = sum(setting.regions) / 2
     if batch is not None:

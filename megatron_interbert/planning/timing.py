@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens, forward_flops
-from megatron_interbert.training.memory import BUCKET, SUB_GROUP, Layout, rank_parameters
-from megatron_interbert.training.traffic import data_traffic, tensor_traffic
+from megatron_interbert.planning.layout import BUCKET, SUB_GROUP, Layout, rank_parameters
+from megatron_interbert.planning.traffic import data_traffic, tensor_traffic
 
 # bytes that an update moves per parameter of a rank's share: weight, moments and gradient are read
 # and written, the weights of the passes written

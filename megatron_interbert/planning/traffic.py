@@ -9,7 +9,7 @@ from collections import Counter
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens
-from megatron_interbert.training.memory import (
+from megatron_interbert.planning.layout import (
     FP32,
     LIVE,
     SUB_GROUP,

@@ -20,16 +20,11 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.activations import activations
+from megatron_interbert.planning.layout import Layout, Load, rank_parameters
+from megatron_interbert.planning.memory import largest_micro_batch, predict
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.memory import (
-    Layout,
-    Load,
-    activations,
-    largest_micro_batch,
-    predict,
-    rank_parameters,
-)
 from megatron_interbert.virtual.samples import random_examples
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
@@ -179,7 +174,7 @@ def on_one_of_two_ranks(name):
     code = (
         "import torch.distributed as dist; from torch.testing._internal.distributed.fake_pg import"
         ' FakeStore;dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore());from'
-        f" tests.training import test_memory as m; m.{name}()"
+        f" tests.planning import test_memory as m; m.{name}()"
     )
 
     in_a_process(
@@ -212,7 +207,7 @@ def test_what_the_fused_kernels_keep():
         "triton", reason="triton is not installed (pip install -r requirements.txt)"
     )
     in_a_process(
-        "from tests.training import test_memory as m; m.check_fused()", TRITON_INTERPRET="1"
+        "from tests.planning import test_memory as m; m.check_fused()", TRITON_INTERPRET="1"
     )
 
 

@@ -1,0 +1,1 @@
+"""Predict by arithmetic what a layout of devices takes: memory, communication, time."""

@@ -1,0 +1,97 @@
+"""Describe how a model is trained and on what, as input to all predictions."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.model.construction import on_meta
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.partition import partition_dimension
+from megatron_interbert.parallel.state import ParallelState
+
+BUCKET = 50_000_000  # most gradients that are reduced at once
+SUB_GROUP = 100_000_000  # about as many parameters are updated at once
+LIVE = 1_000_000_000  # most parameters that stage 3 keeps gathered
+PREFETCH = 50_000_000  # most parameters that stage 3 gathers at once, unless one is larger
+# bytes per parameter: of an fp32 value, and of its two Adam moments
+FP32 = 4
+ADAM = 8
+# where parts of the state are, in the words of DeepSpeed's JSON
+ON_DEVICE = "none"
+ON_HOST = "cpu"
+ON_DISK = "nvme"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Describe how a model is trained. `fused`: by Triton's kernels, else by those for CPUs."""
+
+    data: int = 1
+    tensor: int = 1
+    zero_stage: int = 1
+    half: bool = False  # 16-bit forward and backward passes
+    fused: bool = False
+    recompute: bool = False
+    sequence_parallel: bool = False
+    loss_scale: bool = False  # fp16
+    optimizer_on: str = ON_DEVICE  # where ZeRO keeps fp32 weights and moments
+    parameters_on: str = ON_DEVICE
+
+    @property
+    def shares_nothing(self) -> bool:
+        """Check whether ranks share no training state; see training/update.py."""
+        return self.zero_stage == 0 or (self.data == 1 and not self.loss_scale)
+
+    @property
+    def offloads(self) -> bool:
+        """Check whether a part of the state is not on the device."""
+        return (self.optimizer_on, self.parameters_on) != (ON_DEVICE, ON_DEVICE)
+
+    @property
+    def sharing(self) -> int:
+        """Return how many ranks share the activations between a layer's tensor-parallel parts."""
+        return self.tensor if self.sequence_parallel else 1
+
+    @property
+    def element(self) -> int:
+        """Return the bytes of a value in the forward and backward passes."""
+        return 2 if self.half else FP32
+
+
+@dataclass(frozen=True)
+class Load:
+    """Describe a micro-batch: samples, mean words and regions per sample, and the longest."""
+
+    samples: int
+    words: float = 14.0  # with [CLS] and [SEP]
+    regions: float = 36.0
+    longest_words: int = 0  # 0: as the mean
+    longest_regions: int = 0
+    masked: float = 0.15
+
+
+def targets_of(load: Load) -> tuple[float, float]:
+    """Return how many words and regions of a sample are predicted, on average."""
+    return max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
+
+
+@functools.cache
+def rank_shapes(sizes: ModelConfig, tensor: int) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the trained parameters on one of `tensor` tensor-parallel ranks."""
+    sizes.check_tensor_parallel(tensor)
+    model = on_meta(lambda: InterBert(sizes, state=ParallelState(alone=True)))
+
+    return tuple(
+        tuple(
+            size // tensor if axis == partition_dimension(name) else size
+            for axis, size in enumerate(parameter.shape)
+        )
+        for name, parameter in model.named_parameters()
+    )
+
+
+@functools.cache
+def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
+    """Count the trained parameters on one of `tensor` tensor-parallel ranks."""
+    return sum(map(math.prod, rank_shapes(sizes, tensor)))

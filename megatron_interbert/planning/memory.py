@@ -1,0 +1,222 @@
+"""Predict a rank's memory by arithmetic: on its device, its host and its disk.
+
+How DeepSpeed 0.19 keeps its parts was found by counting the allocations of torch on a CPU, which
+tests/planning/test_memory.py repeats, and those of a dry run.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.planning.activations import activations, kept_logits, logits_at_once
+from megatron_interbert.planning.layout import (
+    ADAM,
+    BUCKET,
+    FP32,
+    LIVE,
+    ON_DEVICE,
+    ON_DISK,
+    PREFETCH,
+    SUB_GROUP,
+    Layout,
+    Load,
+    rank_parameters,
+    rank_shapes,
+)
+
+# pinned memory that DeepSpeed keeps for reading and writing: groups of the update, and elements of
+# parameters (its defaults)
+SWAP_BUFFERS = 5
+PARAMETER_BUFFERS = 5 * 100_000_000
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Hold one rank's memory in bytes: on the device what stays, what the forward pass keeps for
+    the backward pass, and the peak; and what offload puts on the host and on its disk.
+    """
+
+    weights: float  # in the dtype of the passes
+    optimizer: float  # moments, and fp32 weights where they are separate
+    gradients: float
+    buffers: float  # for DeepSpeed's gradient reduction
+    activations: float
+    peak: float
+    host: float = 0.0
+    disk: float = 0.0
+
+    @property
+    def together(self) -> float:
+        """Return the peak where device and host are the same memory: on a CPU."""
+        return self.peak + self.host
+
+
+@dataclass(frozen=True)
+class Held:
+    """Hold one rank's bytes except activations: what stays, and what exists beside weights and
+    optimizer state when the backward pass begins, when it ends, and in the optimizer's step.
+    """
+
+    weights: float
+    optimizer: float
+    gradients: float
+    buffers: float
+    begin: float
+    end: float
+    step: float
+    host: float = 0.0
+    disk: float = 0.0
+
+
+def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
+    """Predict the memory of a training step (from the second one on, when the moments exist).
+
+    The peak is at one of three times: when the backward pass begins and holds all activations, when
+    it ends and holds all gradients, or when these are converted for the optimizer. The step has one
+    micro-batch: with gradient accumulation, gradients of earlier ones are held during later passes.
+    """
+    parameters = rank_parameters(sizes, layout.tensor)
+    # the vocabulary table has two gradients: the decoder's and the embedding's
+    table = layout.element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor
+
+    if layout.shares_nothing:
+        held = held_alone(layout, parameters, table)
+    elif layout.zero_stage == 3:
+        held = held_in_stage_3(layout, parameters)
+    else:
+        held = held_in_stages_1_and_2(layout, parameters, table)
+    if layout.optimizer_on != ON_DEVICE:
+        held = offload_optimizer(held, layout, sizes)
+    if layout.parameters_on != ON_DEVICE:
+        held = offload_parameters(held, layout)
+
+    kept, again = activations(sizes, layout, load)
+    # the fused kernel writes the gradient over the logits
+    each = layout.element if layout.fused else 2 * FP32
+    logits = each * logits_at_once(sizes, layout, load) - kept_logits(sizes, layout, load)
+    begin = held.begin + kept + max(again, logits + table)
+    peak = held.weights + held.optimizer + max(begin, held.end + again, held.step)
+
+    return Memory(
+        held.weights,
+        held.optimizer,
+        held.gradients,
+        held.buffers,
+        kept + again,
+        peak,
+        held.host,
+        held.disk,
+    )
+
+
+def held_alone(layout: Layout, parameters: int, table: float) -> Held:
+    """Return what a rank holds if ranks share no training state."""
+    weights = layout.element * parameters
+    gradients = weights
+    buffers = layout.element * min(parameters, BUCKET) if layout.data > 1 else 0.0
+    copies = FP32 * parameters if layout.half else 0  # fp32 weights; in the step, fp32 gradients
+
+    return Held(
+        weights=weights,
+        optimizer=copies + ADAM * parameters,
+        gradients=gradients,
+        buffers=buffers,
+        begin=0.0,
+        end=gradients + max(buffers, table),
+        step=gradients + copies,
+    )
+
+
+def held_in_stage_3(layout: Layout, parameters: int) -> Held:
+    """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step."""
+    share = layout.element * parameters / layout.data
+    bucket = layout.element * min(parameters, BUCKET)
+    gathered = layout.element * min(parameters, LIVE)
+    received = layout.element * min(parameters, PREFETCH)
+    kept = share + bucket  # gradients and their buffer
+
+    return Held(
+        weights=share,
+        optimizer=(FP32 + ADAM) * parameters / layout.data,
+        gradients=share,
+        buffers=bucket,
+        begin=kept + (gathered + received if layout.data > 1 else 0.0),
+        end=kept + gathered + bucket,
+        step=kept + updated_bytes(layout, parameters),
+    )
+
+
+def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Held:
+    """Return what a rank holds at ZeRO stages 1 and 2 (at 2 gradients are sharded too)."""
+    whole = layout.element * parameters
+    share = whole / layout.data
+    bucket = layout.element * min(parameters, BUCKET)
+    gradients = whole if layout.zero_stage == 1 else share
+    # the gradients of a full bucket are joined while the next one is filled
+    joined = bucket if parameters > BUCKET else 0.0
+
+    return Held(
+        weights=whole,
+        optimizer=(FP32 + ADAM) * parameters / layout.data,
+        gradients=gradients,
+        buffers=bucket + joined,
+        begin=bucket + joined,
+        end=gradients + bucket + joined + table * (layout.zero_stage == 1),
+        step=gradients + updated_bytes(layout, parameters),
+    )
+
+
+def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
+    """Return what a rank holds if fp32 weights, moments and the update are on its host, or on its
+    disk. Found in DeepSpeed's code and by dry runs.
+    """
+    shapes = rank_shapes(sizes, layout.tensor)
+    share = rank_parameters(sizes, layout.tensor) / layout.data
+    passed = layout.element * share  # gradients at stage 3, weights below, on their way
+    state = (2 * FP32 + ADAM) * share  # with the gradients of the update
+    found = replace(held, optimizer=0.0, step=0.0, host=passed)
+
+    if layout.zero_stage == 3:
+        found = replace(found, gradients=0.0, begin=held.begin - passed, end=held.end - passed)
+    else:
+        found = replace(found, host=passed + FP32 * max(map(math.prod, shapes)))
+
+    if layout.optimizer_on == ON_DISK:
+        at_once = SWAP_BUFFERS * FP32 * min(share, SUB_GROUP)
+        return replace(found, host=found.host + at_once, disk=state)
+
+    return replace(found, host=found.host + state)
+
+
+def offload_parameters(held: Held, layout: Layout) -> Held:
+    """Return what a rank holds if its share of the weights is on its host, or on its disk."""
+    found = replace(held, weights=0.0)
+    if layout.parameters_on == ON_DISK:
+        at_once = layout.element * PARAMETER_BUFFERS
+        return replace(found, host=held.host + at_once, disk=held.disk + held.weights)
+
+    return replace(found, host=held.host + held.weights)
+
+
+def updated_bytes(layout: Layout, parameters: int) -> float:
+    """Return the bytes of the gradients of the parameters that are updated at once: joined, and
+    converted to fp32 if they are not.
+    """
+    at_once = min(parameters, SUB_GROUP) / layout.data
+    return at_once * (layout.element + FP32 if layout.half else layout.element)
+
+
+def largest_micro_batch(
+    sizes: ModelConfig, layout: Layout, load: Load, room: float, most: int = 1 << 16
+) -> int:
+    """Return the most samples, up to `most`, whose peak fits in `room` bytes; 0 if none fit."""
+    low = 0
+    high = most
+    while low < high:
+        middle = (low + high + 1) // 2
+        if predict(sizes, layout, replace(load, samples=middle)).peak <= room:
+            low = middle
+        else:
+            high = middle - 1
+
+    return low
