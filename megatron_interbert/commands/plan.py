@@ -1,18 +1,19 @@
-"""List the layouts of a model that fit the memory of a device, with their largest micro-batch.
+"""List the layouts of a model that fit the memory of a device, and why the others do not.
 
     interbert plan --model base --gpus 8 --gpu-memory 80
     interbert plan --model large --gpus 64 --gpu-memory 40 --regions 10-100 --global-batch-size 4096
     interbert plan --model m6-10b-dense --gpus 512 --device h100 --global-batch-size 8192
+    interbert plan --model m6-10b-dense --gpus 8 --device h100 --host-memory 1000 --search recipe
 
 Memory is computed by planning/memory.py, which tests hold to within 10 % of what torch's allocator
 counts on a CPU; on GPUs it has not been compared. A device also holds its driver's context and the
 allocator's fragments: --reserve leaves room for them. With --device, layouts are sorted by
 predicted samples/s (planning/timing.py); what that assumes is printed, and on GPUs it has not been
-compared either.
+compared either. --search also tries sequence parallelism, and writes the best layout as files for
+`interbert pretrain --config`.
 """
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,15 +26,24 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned
 from megatron_interbert.model.presets import load_model_config
-from megatron_interbert.planning.layout import Layout, Load
-from megatron_interbert.planning.memory import Memory, largest_micro_batch, predict
+from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK, Layout, Load
+from megatron_interbert.planning.recipe import write_recipe
+from megatron_interbert.planning.search import (
+    GIB,
+    MOST,
+    Batches,
+    Fit,
+    Room,
+    fit,
+    layouts,
+    refused_tensors,
+)
 from megatron_interbert.planning.timing import MACHINES, Machine, StepTime, step_time
 from megatron_interbert.planning.traffic import expected_tokens
 
-GIB = 2**30
-MOST = 1 << 16  # largest micro-batch that is tried
-TIME = ("compute", "tensor", "data", "update")
-MEMORY = ("weights", "optimizer", "gradients", "buffers", "activations", "peak")
+TIME = ("compute", "tensor", "data", "update", "offload")
+MEMORY = ("weights", "optimizer", "gradients", "buffers", "activations", "peak", "host")
+PLACES = {"none": "no", "cpu": "host", "nvme": "disk"}
 
 
 @dataclass
@@ -61,6 +71,15 @@ class Options(Flags):
         group="optimisation",
     )
     gpus: int = option(8, "devices in all", least=ABOVE_0, group="parallelism")
+    host_memory: float = option(
+        0.0,
+        "GiB of each node for offload; 0: no offload",
+        least=0,
+        group="parallelism",
+    )
+    nvme_space: float = option(
+        0.0, "GB of each node's disk for offload; 0: none", least=0, group="parallelism"
+    )
     gpu_memory: float = option(
         80.0, "GiB per device; default: that of --device", least=ABOVE_0, group="parallelism"
     )
@@ -91,6 +110,15 @@ class Options(Flags):
         most=1,
         group="machine",
     )
+    host_link_bandwidth: float = option(
+        0.0,
+        "GB/s between a device and its host; default: that of --device",
+        least=0,
+        group="machine",
+    )
+    nvme_bandwidth: float = option(
+        3.0, "GB/s of each device's share of a node's disks", least=ABOVE_0, group="machine"
+    )
     reserve: float = option(0.1, "share of the memory to leave free", group="parallelism")
     fp32: bool = option(False, "compute in 32 bits instead of 16", group="parallelism")
     sequence_parallel: bool = option(
@@ -99,6 +127,9 @@ class Options(Flags):
         group="parallelism",
     )
     kernels: str = option("triton", "fused kernels", ("triton", "torch"), group="parallelism")
+    search: str = option(
+        "", "folder for the flags and DeepSpeed's JSON of the fastest layout", group="logging"
+    )
     output: str = option("", "JSON file for the figures", group="logging")
 
     def check(self) -> None:
@@ -111,6 +142,8 @@ class Options(Flags):
                 f"--reserve is {self.reserve}, expected a share of the memory from 0 up to 1, such"
                 " as 0.1"
             )
+        if self.search and not self.device:
+            raise UsageError("--search needs --device, by whose speed it chooses")
 
     def machine(self) -> Machine | None:
         """Return the device with what flags change of it; None without --device."""
@@ -126,110 +159,109 @@ class Options(Flags):
             overlap=self.overlap,
             link_gb_s=self.link_bandwidth or found.link_gb_s,
             network_gb_s=self.network_bandwidth or found.network_gb_s,
+            host_link_gb_s=self.host_link_bandwidth or found.host_link_gb_s,
+            disk_gb_s=self.nvme_bandwidth,
         )
+
+    def room(self) -> Room:
+        """Return what each device's rank may take."""
+        ranks = min(self.gpus, self.gpus_per_node)
+        return Room(
+            self.gpu_memory * GIB * (1 - self.reserve),
+            self.host_memory * GIB / ranks,
+            self.nvme_space * 1e9 / ranks,
+        )
+
+    def batches(self) -> Batches:
+        """Return the batch sizes, and a sample of mean length."""
+        sample = Load(1, sum(self.words) / 2, sum(self.regions) / 2, self.words[1], self.regions[1])
+        return Batches(sample, self.micro_batch_size, self.global_batch_size)
 
 
 @dataclass(frozen=True)
 class Row:
-    """Hold a layout that fits, with its micro-batch, the memory it takes on a device, and, if the
-    device is known, the time of a step and the samples/s of all devices.
+    """Hold a layout that fits and, if the device is known, the time of a step and the samples/s of
+    all devices.
     """
 
-    layout: Layout
-    samples: int
-    memory: Memory
+    fit: Fit
     time: StepTime | None = None
     rate: float = 0.0
 
 
-def layouts(sizes: ModelConfig, options: Options) -> Iterator[Layout]:
-    """Yield all layouts that divide the devices and the model evenly, the simplest first."""
-    most = min(options.gpus, sizes.num_attention_heads)  # each rank needs a head
-    tensors = [size for size in range(1, most + 1) if options.gpus % size == 0]
-    for recompute, tensor, stage in itertools.product((False, True), tensors, (0, 1, 2, 3)):
-        data = options.gpus // tensor
-        try:
-            sizes.check_tensor_parallel(tensor)
-        except UsageError:
-            continue
+def candidates(sizes: ModelConfig, options: Options) -> Iterator[Layout]:
+    """Yield the layouts to compare: with offload only if there is something to offload to."""
+    like = Layout(half=not options.fp32, fused=options.kernels == "triton")
+    split = (False, True) if options.search else (options.sequence_parallel,)
 
-        if (stage == 0 and not options.fp32) or (stage > 1 and data == 1):
-            continue
-        if options.global_batch_size % data:
-            continue
-
-        yield Layout(
-            data,
-            tensor,
-            stage,
-            not options.fp32,
-            options.kernels == "triton",
-            recompute,
-            options.sequence_parallel,
-        )
+    for layout in layouts(sizes, like, options.gpus, split):
+        on_disk = ON_DISK in (layout.optimizer_on, layout.parameters_on)
+        if (options.host_memory or not layout.offloads) and (options.nvme_space or not on_disk):
+            yield layout
 
 
-def fit(sizes: ModelConfig, layout: Layout, options: Options) -> Row | None:
-    """Return the layout with its micro-batch and memory; None if it does not fit a device."""
-    words, most_words = options.words
-    regions, most_regions = options.regions
-    mean_words = (words + most_words) / 2
-    mean_regions = (regions + most_regions) / 2
-    one = Load(1, mean_words, mean_regions, most_words, most_regions)
-
-    room = options.gpu_memory * GIB * (1 - options.reserve)
-    most = options.global_batch_size // layout.data or MOST
-    samples = options.micro_batch_size or largest_micro_batch(sizes, layout, one, room, most)
-    if not samples:
-        return None
-    if options.global_batch_size and not options.micro_batch_size:  # it must divide the share
-        samples = max(n for n in range(1, samples + 1) if most % n == 0)
-
-    load = Load(samples, mean_words, mean_regions, most_words, most_regions)
-    memory = predict(sizes, layout, load)
-    if memory.peak > room:
-        return None
-
+def with_time(sizes: ModelConfig, found: Fit, options: Options) -> Row:
+    """Return a row of the table."""
     machine = options.machine()
     if machine is None:
-        return Row(layout, samples, memory)
+        return Row(found)
 
-    steps = max(1, most // samples) if options.global_batch_size else 1
-    time = step_time(sizes, layout, [expected_tokens(load)] * steps, machine)
+    load = dataclasses.replace(options.batches().sample, samples=found.samples)
+    time = step_time(sizes, found.layout, [expected_tokens(load)] * found.steps, machine)
 
-    return Row(layout, samples, memory, time, samples * steps * layout.data / time.total)
+    return Row(found, time, found.samples * found.steps * found.layout.data / time.total)
 
 
-def table(rows: list[Row], options: Options) -> list[str]:
-    """Return the lines of the table: a heading, then one for each layout that fits."""
-    head = ("data", "tensor", "ZeRO", "recompute", "micro-batch", *MEMORY)
+def describe(layout: Layout) -> tuple[Any, ...]:
+    """Return the cells of a table that name a layout."""
+    places = PLACES[layout.optimizer_on]
+    if layout.parameters_on != ON_DEVICE:
+        places += ", parameters too"
+
+    return (
+        layout.data,
+        layout.tensor,
+        "yes" if layout.sequence_parallel else "no",
+        layout.zero_stage,
+        "yes" if layout.recompute else "no",
+        places,
+    )
+
+
+LAYOUT = ("data", "tensor", "sequence", "ZeRO", "recompute", "offload")
+
+
+def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options) -> list[str]:
+    """Return the lines of the tables: what fits, and what does not and why."""
+    head = (*LAYOUT, "micro-batch", *MEMORY)
     if options.device:
         head = (*head, "samples/s", *TIME)
     lines = []
 
     for row in rows:
-        layout = row.layout
-        samples = f"{row.samples}+" if row.samples == MOST else row.samples
-        cells = [f"{getattr(row.memory, name) / GIB:.2f}" for name in MEMORY]
-        recompute = "yes" if layout.recompute else "no"
+        samples = f"{row.fit.samples}+" if row.fit.samples == MOST else row.fit.samples
+        cells = [f"{getattr(row.fit.memory, name) / GIB:.2f}" for name in MEMORY]
         if row.time:
             parts = (f"{getattr(row.time, name):.3f}" for name in TIME)
             cells += [f"{row.rate:.1f}", *parts]
-        lines.append((layout.data, layout.tensor, layout.zero_stage, recompute, samples, *cells))
+        lines.append((*describe(row.fit.layout), samples, *cells))
 
     room = options.gpu_memory * (1 - options.reserve)
     bits = "32 bits" if options.fp32 else "16 bits (ZeRO 1 to 3)"
-    how = ", sequence parallel where tensor is more than 1" if options.sequence_parallel else ""
-
-    return [
+    found = [
         f"GiB of each of {options.gpus} devices, {room:g} of {options.gpu_memory:g} used at most",
         (
-            f"{bits}, {options.kernels} kernels{how}; {'-'.join(map(str, options.words))} words and"
+            f"{bits}, {options.kernels} kernels; {'-'.join(map(str, options.words))} words and"
             f" {'-'.join(map(str, options.regions))} regions a sample"
         ),
         *assumptions(options),
         *aligned([head, *lines]),
     ]
+    if left_out:
+        reasons = [(*describe(layout), reason) for layout, reason in left_out]
+        found += ["left out:", *aligned([(*LAYOUT, "because"), *reasons])]
+
+    return found
 
 
 def assumptions(options: Options) -> list[str]:
@@ -238,12 +270,20 @@ def assumptions(options: Options) -> list[str]:
     if machine is None:
         return []
 
+    offload = ""
+    if options.host_memory:
+        offload = (
+            f"; {machine.host_link_gb_s:g} GB/s to the host, updates there at {machine.host_gb_s:g}"
+            f" GB/s, {machine.disk_gb_s:g} to its disk"
+        )
+
     return [
         (
             f"seconds of a step on {options.device}: products at {machine.efficiency:g} of"
             f" {machine.tflops:g} TFLOP/s; {machine.link_gb_s:g} GB/s between {machine.per_node}"
             f" devices of a node, {machine.network_gb_s:g} between nodes;"
-            f" {100 * machine.overlap:g} % of ZeRO's communication hidden. Not measured on GPUs"
+            f" {100 * machine.overlap:g} % of ZeRO's communication hidden{offload}. Not measured on"
+            " GPUs"
         )
     ]
 
@@ -262,25 +302,46 @@ def run(options: Options) -> None:
 
     if options.device and "gpu_memory" not in options.given:
         options.gpu_memory = MACHINES[options.device].memory_gib
-    rows = [row for layout in layouts(sizes, options) if (row := fit(sizes, layout, options))]
+
+    rows = []
+    left_out = []
+    for layout in candidates(sizes, options):
+        found = fit(sizes, layout, options.batches(), options.room())
+        if isinstance(found, Fit):
+            rows.append(with_time(sizes, found, options))
+        else:
+            left_out.append((layout, found))
+
     rows.sort(key=lambda row: -row.rate)  # stable: without a device the order stays
     if not rows:
-        less = "fewer samples at a time" if options.micro_batch_size else "a smaller model"
-        raise UsageError(
-            f"nothing fits {options.gpus} devices of {options.gpu_memory:g} GiB; try more of them"
-            f" or {less}"
-        )
+        raise UsageError(nothing_fits(options))
 
-    print("\n".join(table(rows, options)))
+    print("\n".join(table(rows, left_out, options)))
+    for tensor, reason in refused_tensors(sizes, options.gpus):
+        print(f"tensor {tensor}: {reason}")
+    if options.search:
+        print("\n".join(write_recipe(Path(options.search), options.model, rows[0].fit)))
     if options.output:
         found = [as_record(row) for row in rows]
         write_output(Path(options.output), json_text({"layouts": found}), "--output")
 
 
+def nothing_fits(options: Options) -> str:
+    """Say that no layout fits, and what is missing."""
+    less = "fewer samples at a time" if options.micro_batch_size else "a smaller model"
+    offload = "" if options.host_memory else ", or offload (--host-memory)"
+
+    return (
+        f"nothing fits {options.gpus} devices of {options.gpu_memory:g} GiB; try more of them, or"
+        f" {less}{offload}"
+    )
+
+
 def as_record(row: Row) -> dict[str, Any]:
     """Return a row as a JSON object, memory in bytes."""
     speed = {"samples_per_second": row.rate, "seconds": vars(row.time)} if row.time else {}
-    return {**vars(row.layout), "micro_batch_size": row.samples, **vars(row.memory), **speed}
+    found = row.fit
+    return {**vars(found.layout), "micro_batch_size": found.samples, **vars(found.memory), **speed}
 
 
 def main() -> None:

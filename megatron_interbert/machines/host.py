@@ -91,6 +91,13 @@ def free_memory(
     return max(free, 0)
 
 
+def free_swap() -> int:
+    """Return the bytes of swap that are free on the machine: training that reaches them is slow,
+    and yet not impossible.
+    """
+    return psutil.swap_memory().free
+
+
 def same_bits_every_time() -> None:
     """Forbid operations whose result depends on the order of a GPU's threads.
 

@@ -35,13 +35,15 @@ class Layout:
     recompute: bool = False
     sequence_parallel: bool = False
     loss_scale: bool = False  # fp16
+    averaged: bool = False  # an exponential moving average of the weights is kept
     optimizer_on: str = ON_DEVICE  # where ZeRO keeps fp32 weights and moments
     parameters_on: str = ON_DEVICE
 
     @property
     def shares_nothing(self) -> bool:
         """Check whether ranks share no training state; see training/update.py."""
-        return self.zero_stage == 0 or (self.data == 1 and not self.loss_scale)
+        alone = self.data == 1 and not (self.loss_scale or self.offloads)
+        return self.zero_stage == 0 or alone
 
     @property
     def offloads(self) -> bool:

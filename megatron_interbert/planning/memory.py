@@ -85,6 +85,9 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         held = held_in_stage_3(layout, parameters)
     else:
         held = held_in_stages_1_and_2(layout, parameters, table)
+    if layout.averaged:
+        average = FP32 * parameters / (1 if layout.zero_stage == 0 else layout.data)
+        held = replace(held, optimizer=held.optimizer + average)
     if layout.optimizer_on != ON_DEVICE:
         held = offload_optimizer(held, layout, sizes)
     if layout.parameters_on != ON_DEVICE:
@@ -174,12 +177,13 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     share = rank_parameters(sizes, layout.tensor) / layout.data
     passed = layout.element * share  # gradients at stage 3, weights below, on their way
     state = (2 * FP32 + ADAM) * share  # with the gradients of the update
-    found = replace(held, optimizer=0.0, step=0.0, host=passed)
+    average = FP32 * share if layout.averaged else 0.0
+    found = replace(held, optimizer=0.0, step=0.0, host=passed + average)
 
     if layout.zero_stage == 3:
         found = replace(found, gradients=0.0, begin=held.begin - passed, end=held.end - passed)
     else:
-        found = replace(found, host=passed + FP32 * max(map(math.prod, shapes)))
+        found = replace(found, host=found.host + FP32 * max(map(math.prod, shapes)))
 
     if layout.optimizer_on == ON_DISK:
         at_once = SWAP_BUFFERS * FP32 * min(share, SUB_GROUP)

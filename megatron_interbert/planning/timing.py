@@ -11,7 +11,16 @@ from dataclasses import dataclass
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens, forward_flops
-from megatron_interbert.planning.layout import BUCKET, SUB_GROUP, Layout, rank_parameters
+from megatron_interbert.planning.layout import (
+    ADAM,
+    BUCKET,
+    FP32,
+    ON_DEVICE,
+    ON_DISK,
+    SUB_GROUP,
+    Layout,
+    rank_parameters,
+)
 from megatron_interbert.planning.traffic import data_traffic, tensor_traffic
 
 # bytes that an update moves per parameter of a rank's share: weight, moments and gradient are read
@@ -32,12 +41,15 @@ class Machine:
     efficiency: float = 0.45  # share of the peak that the passes reach alone
     latency: float = 10e-6  # seconds from one device to another
     overlap: float = 0.0  # share of ZeRO's communication that the backward pass hides
+    host_link_gb_s: float = 25.0  # between a device and its host
+    host_gb_s: float = 40.0  # a device's share of the host's memory, for an update there
+    disk_gb_s: float = 3.0  # a device's share of the host's disks
 
 
 # Peaks and memory are from datasheets. Links: what large all-reduces reach by public measurements.
 MACHINES = {
-    "h100": Machine(989.0, 80.0, 3350.0, 360.0, 40.0),
-    "h200": Machine(989.0, 141.0, 4800.0, 360.0, 40.0),
+    "h100": Machine(989.0, 80.0, 3350.0, 360.0, 40.0, host_link_gb_s=50.0),
+    "h200": Machine(989.0, 141.0, 4800.0, 360.0, 40.0, host_link_gb_s=50.0),
     "a100": Machine(312.0, 80.0, 2039.0, 230.0, 20.0),
     "a100-40": Machine(312.0, 40.0, 1555.0, 230.0, 20.0),
 }
@@ -46,18 +58,19 @@ MACHINES = {
 @dataclass(frozen=True)
 class StepTime:
     """Hold the seconds of a step: products, communication of tensor-parallel and data-parallel
-    groups (what is not hidden), and update.
+    groups (what is not hidden), update, and what offload moves to and from host and disk.
     """
 
     compute: float
     tensor: float
     data: float
     update: float
+    offload: float = 0.0
 
     @property
     def total(self) -> float:
         """Return the seconds of the step."""
-        return self.compute + self.tensor + self.data + self.update
+        return self.compute + self.tensor + self.data + self.update + self.offload
 
 
 def step_time(
@@ -69,13 +82,35 @@ def step_time(
     compute = flops / layout.tensor / (machine.tflops * 1e12 * machine.efficiency)
     share = rank_parameters(sizes, layout.tensor)
     share /= 1 if layout.zero_stage == 0 else layout.data
+    updated_at = machine.memory_gb_s if layout.optimizer_on == ON_DEVICE else machine.host_gb_s
 
     return StepTime(
         compute,
         tensor_seconds(sizes, layout, micro_batches, machine),
         data_seconds(sizes, layout, len(micro_batches), machine) * (1 - machine.overlap),
-        UPDATE_BYTES * share / (machine.memory_gb_s * 1e9),
+        UPDATE_BYTES * share / (updated_at * 1e9),
+        offload_seconds(layout, share, len(micro_batches), machine),
     )
+
+
+def offload_seconds(layout: Layout, share: float, micro_batches: int, machine: Machine) -> float:
+    """Return the seconds in which a rank's share of the state moves between device, host and disk;
+    nothing of it is hidden.
+    """
+    passed = layout.element * share
+    by_link = 0.0
+    by_disk = 0.0
+
+    if layout.optimizer_on != ON_DEVICE:
+        by_link += 2 * passed  # gradients there, weights back
+    if layout.optimizer_on == ON_DISK:
+        by_disk += 2 * (2 * FP32 + ADAM) * share  # read and written
+    if layout.parameters_on != ON_DEVICE:
+        by_link += 2 * micro_batches * passed  # for the forward and the backward pass
+    if layout.parameters_on == ON_DISK:
+        by_disk += (2 * micro_batches + 1) * passed
+
+    return by_link / (machine.host_link_gb_s * 1e9) + by_disk / (machine.disk_gb_s * 1e9)
 
 
 def tensor_seconds(

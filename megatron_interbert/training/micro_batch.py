@@ -41,6 +41,7 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
         recompute=config.recompute_activations,
         sequence_parallel=config.sequence_parallel,
         loss_scale=config.fp16,
+        averaged=config.ema_decay > 0,
         optimizer_on=places["offload_optimizer"],
         parameters_on=places["offload_param"],
     )

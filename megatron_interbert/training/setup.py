@@ -30,9 +30,11 @@ from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluat
 from megatron_interbert.training.first_weights import InitialWeights, open_initial_weights
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.loop import Trainer
+from megatron_interbert.training.micro_batch import Trial
 from megatron_interbert.training.model_plan import ModelPlan, build_model, plan_model
 from megatron_interbert.training.optimizer import elements
 from megatron_interbert.training.resume import find_checkpoint, keep_fitted
+from megatron_interbert.training.room import check_memory
 from megatron_interbert.training.run import Run, meet
 from megatron_interbert.training.run_folder import Claim, claim_folder
 from megatron_interbert.training.settling import settle
@@ -60,6 +62,7 @@ def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer
     job, start = open_data(run, make_job)
     plan = plan_model(config, job, run.state, run.device)
     settle(run, job, plan, start.resume)
+    check_memory(Trial(config, job, run.state, run.device, plan.kernels))
     # before the model exists: loader processes are forks, which would keep its memory alive
     stream = open_stream(run, job, start.resume)
     engine = build_engine(run, job, plan, start.resume)

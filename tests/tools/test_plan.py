@@ -2,14 +2,20 @@
 the arithmetic itself.
 """
 
+import dataclasses
 import json
+import re
 import sys
 
 import pytest
 
-from megatron_interbert.command_line import read_options
+from megatron_interbert.command_line import parse, read_options
 from megatron_interbert.commands import plan
+from megatron_interbert.config.training import RunConfig
 from megatron_interbert.errors import UsageError
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.micro_batch import layout_of
 from tests.launching import launch
 
 COMMAND = (sys.executable, "tools/plan.py")
@@ -42,7 +48,9 @@ def test_a_table_of_layouts_that_fit(tmp_path):
     )
     assert code == 0, err
     layouts = json.loads((tmp_path / "p.json").read_text())["layouts"]
-    assert len(out.strip().splitlines()) == 3 + len(layouts)
+    fit, left_out = out.split("left out:") if "left out:" in out else (out, "")
+    assert len(fit.strip().splitlines()) == 3 + len(layouts)
+    assert not left_out
     assert {(row["data"], row["tensor"]) for row in layouts} == {(4, 1), (2, 2), (1, 4)}
     for row in layouts:
         assert 0 < row["peak"] <= 0.9 * 16 * 2**30
@@ -76,17 +84,75 @@ def test_weights_and_optimizer_are_bytes_of_the_parameters(tmp_path):
         assert found[stage]["optimizer"] == pytest.approx(12 * parameters / 4, rel=0.01)
 
 
-def test_a_given_micro_batch_must_fit():
-    code, out, _ = launch(*COMMAND, "--gpus", 1, "--gpu-memory", 16, "--micro-batch-size", 1200)
-    assert code == 0
-    assert [line.split()[3] for line in out.splitlines()[3:]] == ["yes"], "only with recomputation"
+def test_a_given_micro_batch_must_fit(monkeypatch, capsys, tmp_path):
+    """Check that what does not fit is left out with its reason: here all but recomputation."""
+    output = tmp_path / "p.json"
+    flags = ("--gpus", 1, "--gpu-memory", 16, "--micro-batch-size", 1200, "--output", output)
+    run_here(monkeypatch, *flags)
+    assert [row["recompute"] for row in json.loads(output.read_text())["layouts"]] == [True]
+
+    _, left_out = capsys.readouterr().out.split("left out:")
+    [line] = left_out.strip().splitlines()[1:]
+    assert re.search(r"1200 samples take \d+\.\d GiB \(activations \d+\.\d\) of 14\.4$", line)
+
+
+def test_offload_is_planned_if_there_is_room(monkeypatch, capsys, tmp_path):
+    """Plan 10 B on one device: nothing fits, the host's memory is too small, its disk is not."""
+    output = tmp_path / "p.json"
+    flags = ("--model", "m6-10b-dense", "--gpus", 1, "--device", "h100", "--output", output)
+    with pytest.raises(UsageError, match=r"try more of them, or a smaller model, or offload"):
+        run_here(monkeypatch, *flags)
+
+    run_here(monkeypatch, *flags, "--host-memory", 64, "--nvme-space", 1000)
+    layouts = json.loads(output.read_text())["layouts"]
+    assert {row["optimizer_on"] for row in layouts} == {"nvme"}
+    for row in layouts:
+        assert row["host"] <= 64 * 2**30
+        # weight, moments and gradient of the update in fp32
+        assert row["disk"] >= 16 * 10.2e9
+
+    out = capsys.readouterr().out
+    assert re.search(r"samples take \d+\.\d GiB of host memory of 64\.0", out)
+    assert "50 GB/s to the host, updates there at 40 GB/s, 3 to its disk" in out
+
+
+def test_the_best_layout_as_files_that_a_run_takes(monkeypatch, capsys, tmp_path):
+    """Search on devices that are too small for the optimizer, and rehearse what is written."""
+    flags = ("--gpus", 4, "--device", "a100-40", "--gpu-memory", 1.2, "--host-memory", 16)
+    flags = (*flags, "--global-batch-size", 64, "--search", tmp_path / "recipe")
+    run_here(monkeypatch, *flags)
+    told = capsys.readouterr().out.splitlines()[-1]
+    assert told.endswith(f"interbert pretrain --config {tmp_path}/recipe/run.yaml --data-path DATA")
+
+    config = parse(RunConfig, "", ["--config", str(tmp_path / "recipe" / "run.yaml")])
+    config.check()
+    data = 4 // config.tensor_model_parallel_size
+    settings = merge(config, data)
+    assert config.global_batch_size == 64
+    assert config.bf16
+    assert settings["gradient_accumulation_steps"] == 64 // data // config.micro_batch_size
+    found = layout_of(config, data, Kernels())
+    rows = json.loads(json.dumps(dataclasses.asdict(found)))
+    run_here(monkeypatch, *flags, "--output", tmp_path / "p.json")
+    best = json.loads((tmp_path / "p.json").read_text())["layouts"][0]
+    assert rows | {"fused": True} == {name: best[name] for name in rows}
+
+
+def test_what_does_not_divide_is_said(monkeypatch, capsys):
+    run_here(monkeypatch, "--gpus", 15)
+    out = capsys.readouterr().out
+    assert "tensor 5: --tensor-model-parallel-size 5 does not divide num_attention_heads 12" in out
+    run_here(monkeypatch, "--gpus", 8, "--global-batch-size", 4)
+    out = capsys.readouterr().out
+    assert "a global batch of 4 is not a multiple of 8 data-parallel ranks" in out
 
 
 def test_what_cannot_be_is_one_line(monkeypatch):
     for flags, line in (
         (
             ("--gpu-memory", 0.3),
-            "nothing fits 8 devices of 0.3 GiB; try more of them or a smaller model",
+            "nothing fits 8 devices of 0.3 GiB; try more of them, or a smaller model, or offload"
+            " (--host-memory)",
         ),
         (("--micro-batch-size", -4), "--micro-batch-size is -4, expected more than 0"),
         (("--gpu-memory", "nan"), "--gpu-memory nan: expected a finite number"),
@@ -96,8 +162,10 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--output", "."), "--output .: is a folder, expected a file to write"),
         (
             ("--micro-batch-size", 10**6),
-            "nothing fits 8 devices of 80 GiB; try more of them or fewer samples at a time",
+            "nothing fits 8 devices of 80 GiB; try more of them, or fewer samples at a time, or"
+            " offload (--host-memory)",
         ),
+        (("--search", "recipe"), "--search needs --device, by whose speed it chooses"),
         (("--global-batch-size", -3), "--global-batch-size is -3, expected 0 or more"),
         (("--gpus", 0), "--gpus is 0, expected more than 0"),
         (
@@ -120,7 +188,8 @@ def test_spans_go_from_small_to_large(monkeypatch):
 def test_any_number_of_devices_is_answered():
     code, out, err = launch(*COMMAND, "--gpus", 10**15, "--micro-batch-size", 1)
     assert code == 0, err
-    assert {line.split()[1] for line in out.splitlines()[3:]} == {"1", "2", "4"}
+    fit = out.split("\ntensor ")[0]
+    assert {line.split()[1] for line in fit.splitlines()[3:]} == {"1", "2", "4"}
 
 
 def test_speed_by_device(monkeypatch, capsys, tmp_path):

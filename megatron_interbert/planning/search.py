@@ -1,0 +1,250 @@
+"""Find the layouts of a model that fit given devices, and say why the others do not."""
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.errors import UsageError
+from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK, ON_HOST, Layout, Load
+from megatron_interbert.planning.memory import Memory, largest_micro_batch, predict
+
+GIB = 2**30
+MOST = 1 << 16  # largest micro-batch that is tried
+PARTS = ("weights", "optimizer", "gradients", "activations")
+# (optimizer, parameters): what of the state is where, the fastest first
+PLACES = (
+    (ON_DEVICE, ON_DEVICE),
+    (ON_HOST, ON_DEVICE),
+    (ON_HOST, ON_HOST),
+    (ON_DISK, ON_DEVICE),
+    (ON_DISK, ON_DISK),
+)
+# the JSON in ds_configs/ for each but the first
+SHIPPED = {
+    (ON_HOST, ON_DEVICE): "zero2_offload_optimizer",
+    (ON_HOST, ON_HOST): "zero3_offload",
+    (ON_DISK, ON_DEVICE): "zero3_nvme_optimizer",
+    (ON_DISK, ON_DISK): "zero3_nvme",
+}
+
+
+@dataclass(frozen=True)
+class Room:
+    """Hold the bytes that a rank may take; `one_memory`: device and host are the same (a CPU)."""
+
+    device: float
+    host: float = 0.0
+    disk: float = 0.0
+    one_memory: bool = False
+
+    def lacks(self, memory: Memory) -> str:
+        """Return what does not fit, and its largest part; nothing if all does."""
+        needed = memory.together if self.one_memory else memory.peak
+        if needed > self.device:
+            part = max(PARTS, key=lambda name: getattr(memory, name))
+            largest = f"{part} {getattr(memory, part) / GIB:.1f}"
+            if self.one_memory and memory.host > getattr(memory, part):
+                largest = f"offloaded {memory.host / GIB:.1f}"
+            return f"{needed / GIB:.1f} GiB ({largest}) of {self.device / GIB:.1f}"
+
+        if memory.host > self.host and not self.one_memory:
+            return f"{memory.host / GIB:.1f} GiB of host memory of {self.host / GIB:.1f}"
+        if memory.disk > self.disk:
+            return f"{memory.disk / 1e9:.1f} GB of disk of {self.disk / 1e9:.1f}"
+
+        return ""
+
+
+@dataclass(frozen=True)
+class Batches:
+    """Describe one sample, and batch sizes: 0 for a micro-batch of as many samples as fit, and for
+    no limit of the global batch.
+    """
+
+    sample: Load
+    micro_batch: int = 0
+    global_batch: int = 0
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Hold a layout with its micro-batch, the micro-batches of a step, and what a rank takes."""
+
+    layout: Layout
+    samples: int
+    steps: int
+    memory: Memory
+
+
+def layouts(
+    sizes: ModelConfig, like: Layout, ranks: int, sequence_parallel: Sequence[bool] = (False,)
+) -> Iterator[Layout]:
+    """Yield all layouts of `ranks` in the precision and with the kernels of `like`, the simplest
+    first; those with offload come last.
+    """
+    most = min(ranks, sizes.num_attention_heads)  # each rank needs a head
+    tensors = [size for size in range(1, most + 1) if ranks % size == 0 and divides(sizes, size)]
+    stages = (0, 1, 2, 3)
+
+    for places, recompute, tensor, stage, split in itertools.product(
+        PLACES, (False, True), tensors, stages, sequence_parallel
+    ):
+        data = ranks // tensor
+        found = replace(
+            like,
+            data=data,
+            tensor=tensor,
+            zero_stage=stage,
+            recompute=recompute,
+            sequence_parallel=split,
+            optimizer_on=places[0],
+            parameters_on=places[1],
+        )
+        if is_sensible(found):
+            yield found
+
+
+def divides(sizes: ModelConfig, tensor: int) -> bool:
+    """Check whether so many tensor-parallel ranks can share the layers."""
+    try:
+        sizes.check_tensor_parallel(tensor)
+    except UsageError:
+        return False
+
+    return True
+
+
+def refused_tensors(sizes: ModelConfig, ranks: int) -> Iterator[tuple[int, str]]:
+    """Yield the tensor-parallel sizes that divide the ranks and not the model, and why."""
+    for tensor in range(1, min(ranks, sizes.num_attention_heads) + 1):
+        if ranks % tensor == 0:
+            try:
+                sizes.check_tensor_parallel(tensor)
+            except UsageError as error:
+                yield tensor, str(error)
+
+
+def is_sensible(layout: Layout) -> bool:
+    """Check whether a layout can be run, and does not only cost what a simpler one does not."""
+    if layout.sequence_parallel and layout.tensor == 1:
+        return False
+    if layout.zero_stage == 0 and layout.half:
+        return False
+
+    if layout.offloads:
+        return layout.zero_stage == (2 if place_of(layout) == 1 else 3)  # as SHIPPED has them
+
+    return layout.data > 1 or layout.zero_stage < 2
+
+
+def fit(sizes: ModelConfig, layout: Layout, wanted: Batches, room: Room) -> Fit | str:
+    """Return a layout with its micro-batch and memory; or in words why it is left out."""
+    share = wanted.global_batch / layout.data
+    if share != int(share):
+        return (
+            f"a global batch of {wanted.global_batch} is not a multiple of {layout.data}"
+            " data-parallel ranks"
+        )
+
+    most = int(share) or MOST
+    samples = wanted.micro_batch
+    if samples and share and most % samples:
+        return f"{samples} samples do not divide a rank's share of {most}"
+
+    if not samples:
+        samples = most_samples(sizes, layout, wanted.sample, room, most)
+        if share:  # it must divide the share
+            samples = max((n for n in range(1, samples + 1) if most % n == 0), default=0)
+
+    load = replace(wanted.sample, samples=max(samples, 1))
+    memory = predict(sizes, layout, load)
+    if lacking := room.lacks(memory):
+        plural = "s take" if load.samples > 1 else " takes"
+        return f"{load.samples} sample{plural} {lacking}"
+
+    return Fit(layout, samples, max(1, most // samples) if share else 1, memory)
+
+
+def most_samples(sizes: ModelConfig, layout: Layout, sample: Load, room: Room, most: int) -> int:
+    """Return the most samples of a micro-batch, up to `most`, that fit; 0 if none do."""
+    device = room.device
+    if room.one_memory:
+        device -= predict(sizes, layout, sample).host
+
+    return largest_micro_batch(sizes, layout, sample, device, most)
+
+
+def nearest_fit(sizes: ModelConfig, layout: Layout, load: Load, room: Room) -> Fit | None:
+    """Return the layout with the same ranks that fits and differs least from `layout`, with its
+    micro-batch (no larger than before; gradients of several add up to the same step); or None.
+    """
+    micro_batches = [n for n in range(load.samples, 0, -1) if load.samples % n == 0]
+    candidates = [
+        (distance(layout, other) + 2 * math.log2(load.samples / samples), other, samples)
+        for other in layouts(sizes, layout, layout.data * layout.tensor, (False, True))
+        if is_nearby(layout, other)
+        for samples in micro_batches
+    ]
+
+    for _, other, samples in sorted(candidates, key=lambda one: one[0]):
+        memory = predict(sizes, other, replace(load, samples=samples))
+        if not room.lacks(memory):
+            steps = layout.data * load.samples // (other.data * samples) or 1
+            return Fit(other, samples, steps, memory)
+
+    return None
+
+
+def is_nearby(layout: Layout, other: Layout) -> bool:
+    """Check whether a layout takes nothing back that another saves memory with."""
+    return (
+        other.zero_stage >= layout.zero_stage
+        and other.tensor >= layout.tensor
+        and other.recompute >= layout.recompute
+        and other.sequence_parallel >= layout.sequence_parallel
+        and place_of(other) >= place_of(layout)
+    )
+
+
+def place_of(layout: Layout) -> int:
+    """Return how far from the device a layout keeps its state, as an index of PLACES."""
+    return PLACES.index((layout.optimizer_on, layout.parameters_on))
+
+
+def distance(layout: Layout, other: Layout) -> float:
+    """Return how much more another layout costs a user, in steps of one ZeRO stage."""
+    return (
+        (other.zero_stage - layout.zero_stage)
+        + 3 * (other.recompute - layout.recompute)
+        + 5 * math.log2(other.tensor / layout.tensor)
+        + (other.sequence_parallel - layout.sequence_parallel)
+        + 8 * (place_of(other) - place_of(layout))
+    )
+
+
+def flags_of(found: Fit, before: Layout | None = None, samples: int = 0) -> list[str]:
+    """Return the flags of a training run in a layout; with `before` and its micro-batch only those
+    that change.
+    """
+    layout = found.layout
+    before = before or Layout(zero_stage=-1)
+    flags = []
+
+    if layout.tensor != before.tensor:
+        flags += ["--tensor-model-parallel-size", str(layout.tensor)]
+    if layout.sequence_parallel != before.sequence_parallel:
+        flags.append("--sequence-parallel")
+    if layout.zero_stage != before.zero_stage and not layout.offloads:  # else the JSON says it
+        flags += ["--zero-stage", str(layout.zero_stage)]
+    if layout.recompute != before.recompute:
+        flags.append("--recompute-activations")
+    if found.samples != samples:
+        flags += ["--micro-batch-size", str(found.samples)]
+    if place_of(layout) != place_of(before):
+        flags += ["--deepspeed-config", SHIPPED[layout.optimizer_on, layout.parameters_on]]
+        if ON_DISK in (layout.optimizer_on, layout.parameters_on):
+            flags += ["--nvme-path", "FOLDER"]
+
+    return flags

@@ -1,0 +1,87 @@
+"""Test that a run that cannot fit its memory is refused before anything is built, with the nearest
+layout that fits.
+"""
+
+import dataclasses
+import json
+
+import pytest
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.planning.layout import Layout, Load
+from megatron_interbert.planning.memory import predict
+from megatron_interbert.planning.search import Room, flags_of, nearest_fit
+from tests.launching import ends, launch, pretrain, start_ranks
+from tests.sizes import MEASURABLE
+
+GIB = 2**30
+LARGE = dataclasses.replace(MEASURABLE, hidden_size=1024, ffn_hidden_size=4096, text_layers=12)
+HUGE = {"hidden_size": 16384, "ffn_hidden_size": 65536, "num_attention_heads": 32}
+
+
+def nearest(layout: Layout, room: Room, samples: int = 32, sizes: ModelConfig = LARGE) -> str:
+    """Return the flags to change, after checking that they make the run fit."""
+    load = Load(samples)
+    assert room.lacks(predict(sizes, layout, load))
+    found = nearest_fit(sizes, layout, load, room)
+    if found is None:
+        return ""
+
+    assert not room.lacks(
+        predict(sizes, found.layout, dataclasses.replace(load, samples=found.samples))
+    )
+    assert found.samples * found.steps * found.layout.data == samples * layout.data
+    return " ".join(flags_of(found, layout, samples))
+
+
+def test_the_nearest_layout_changes_least() -> None:
+    whole = predict(LARGE, Layout(4, half=True), Load(1))
+    assert nearest(Layout(4, half=True), Room(whole.peak - 1), samples=1) == "--zero-stage 2"
+
+    wide = dataclasses.replace(LARGE, hidden_size=4096, ffn_hidden_size=16384)  # 4 B parameters
+    whole = predict(wide, Layout(16, half=True), Load(1))
+    room = Room(0.6 * whole.peak)
+    assert nearest(Layout(16, half=True), room, samples=1, sizes=wide) == "--zero-stage 3"
+    # one rank has nothing to share: the host takes the optimizer, or the disk
+    alone = Layout(half=True)
+    needed = predict(LARGE, alone, Load(32))
+    some = Room(0.4 * needed.peak, host=1e12)
+    assert nearest(alone, some).startswith("--micro-batch-size")
+    assert "--deepspeed-config zero2_offload_optimizer" in nearest(alone, some)
+    on_a_cpu = Room(0.5 * needed.peak, disk=1e12, one_memory=True)
+    assert "zero3_nvme_optimizer --nvme-path FOLDER" in nearest(alone, on_a_cpu)
+    assert nearest(alone, Room(0.01 * needed.peak)) == ""
+
+
+def test_activations_that_are_too_large_make_smaller_micro_batches() -> None:
+    layout = Layout(2, half=True, zero_stage=3)
+    states = predict(LARGE, layout, Load(1)).peak
+    assert nearest(layout, Room(1.2 * states), samples=64).startswith("--micro-batch-size")
+
+
+@pytest.fixture(scope="module")
+def huge(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Write sizes of a model of 100 B parameters, which no machine holds that tests run on."""
+    file = tmp_path_factory.mktemp("sizes") / "huge.json"
+    sizes = {**HUGE, "image_attention_heads": 32, "interaction_layers": 30}
+    sizes |= dict.fromkeys(("vocab_size", "feature_dim", "num_classes"), 0)
+    assert set(sizes) <= {entry.name for entry in dataclasses.fields(ModelConfig)}
+    file.write_text(json.dumps(sizes))
+
+    return str(file)
+
+
+def test_a_run_that_cannot_fit_is_one_line(store, huge: str, tmp_path) -> None:
+    """Check one rank and two: exit code 2 in seconds, one line, nothing written."""
+    flags = ("--data-path", store, "--model", huge, "--bf16", "--train-iters", 1)
+    flags = (*flags, "--save", tmp_path / "run", "--micro-batch-size", 4)
+    refused = [launch(*pretrain(*flags)), *ends(start_ranks(flags, flags))]
+    for code, out, err in refused:
+        assert code == 2, out + err
+        [line] = [line for line in err.splitlines() if line.startswith("error")]
+        assert "memory: rank 0 needs " in line
+        assert "GiB (optimizer " in line
+        assert "no layout of these ranks fits: use more of them, or a smaller model" in line
+        assert "Traceback" not in err
+
+    assert not (tmp_path / "run").exists()
