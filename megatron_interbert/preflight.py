@@ -50,12 +50,11 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
     merge,
-    offloads,
     read_deepspeed_config,
 )
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of
+from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of, needed_on
 from megatron_interbert.training.model_plan import build_model, plan_model
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.resume import check_same_model, newest_manifest
@@ -289,13 +288,8 @@ def check_step(config: PreflightConfig) -> str:
     streams = random_streams(alone, state, device)
     kernels = plan.kernels
     trial = Trial(alone, job, state, device, kernels)
-    offloaded = offloads(merge(copy.copy(config), ranks_of(config)))
-    samples = config.micro_batch_size if offloaded else samples_for_one_process(trial)
-    memory = "memory not predicted: the arithmetic does not cover offload"
-    if not offloaded:
-        whole = trial.batch(config.micro_batch_size)
-        memory = memory_of_run(config, job, whole, kernels, device)
-
+    samples = samples_for_one_process(trial)
+    memory = memory_of_run(config, job, trial.batch(config.micro_batch_size), kernels, device)
     if not samples:
         return f"not tried: the whole model does not fit one GPU; {memory}"
 
@@ -363,9 +357,13 @@ def memory_of_run(
     Raises UsageError if the GPU has less.
     """
     layout = layout_of(config, ranks_of(config), kernels)
-    predicted = predict(job.model_config, layout, load_of(batch)).peak / 2**30
+    memory = predict(job.model_config, layout, load_of(batch))
+    predicted = needed_on(device, memory) / 2**30
+    said = f"{predicted:.2f} GiB predicted per rank"
+    if memory.disk:
+        said += f", and {memory.disk / 1e9:.1f} GB of its disk"
     if device.type != "cuda":
-        return f"{predicted:.2f} GiB predicted per rank"
+        return said
 
     there = torch.cuda.get_device_properties(device).total_memory / 2**30
     if predicted > there:
@@ -374,7 +372,10 @@ def memory_of_run(
             " --micro-batch-size (or let auto choose it), or see interbert plan"
         )
 
-    return f"{predicted:.2f} GiB predicted per rank; the GPU has {there:.1f} GiB"
+    if layout.offloads:
+        said += f", and {memory.host / 2**30:.2f} GiB of its host"
+
+    return f"{said}; the GPU has {there:.1f} GiB"
 
 
 def check_nodes(config: PreflightConfig) -> None:
