@@ -108,9 +108,8 @@ def build_model(
     are DeepSpeed's.
     """
     settings = settings or engine_settings(config, plan.state, plan.without_memory())
-    dtype = working_dtype(config)
     if shards_weights(config, plan.state, settings):
         make = functools.partial(plan.make, streams)
-        return sharded_model(make, device, dtype, plan.state, settings)
+        return sharded_model(make, device, plan.state, settings)
 
-    return plan.whole(streams, device, dtype)
+    return plan.whole(streams, device, working_dtype(config))

@@ -17,12 +17,14 @@ from megatron_interbert.parallel.state import ParallelState
 def sharded_model(
     make: Callable[[], InterBert],
     device: torch.device,
-    dtype: torch.dtype,
     state: ParallelState,
     settings: dict[str, Any],
 ) -> InterBert:
     """Build a model whose parameters, not filled, are where `settings`, DeepSpeed's configuration,
     places them: on the device, the host or an NVMe disk.
+
+    Their dtype is that of `settings` too. It is not passed to DeepSpeed, which takes bfloat16 in
+    its place on processors that cannot compute in float16.
     """
     with (
         local_rank(device.index or 0),
@@ -30,7 +32,6 @@ def sharded_model(
         deepspeed.zero.Init(
             data_parallel_group=state.data_group,
             config_dict_or_path=settings,
-            dtype=dtype,
             mpu=state,
         ),
     ):

@@ -1,5 +1,5 @@
-"""Run the whole model's forward and backward passes on hundreds of tensor-parallel and data-parallel
-ranks with real arithmetic, each rank a thread, and compare with one process.
+"""Run the whole model's passes on hundreds of tensor-parallel and data-parallel ranks with real
+arithmetic, each rank a thread, and compare with one process.
 
     python -m tests.campaigns.threaded_ranks --world-size 256 --tensor-model-parallel-size 8
 """

@@ -26,7 +26,7 @@ from tests.tools.test_convert import random_source
 
 SEED = 5
 TENSOR = (1, 2, 4)
-STAGES = (0, 1, 2, 3)
+STAGES = ((0, False), (1, True), (2, True), (3, True), (3, False))  # and whether in bfloat16
 
 
 def whole_model(seed: int) -> dict[str, torch.Tensor]:
@@ -47,11 +47,11 @@ def fill_layouts(folder: str) -> None:
     drawn = whole_model(SEED)
     given = torch.load(f"{folder}/given.pt")
 
-    for tensor, stage in itertools.product(TENSOR, STAGES):
+    for tensor, (stage, half) in itertools.product(TENSOR, STAGES):
         state = ParallelState(tensor)
         config = RunConfig(
             zero_stage=stage,
-            bf16=stage > 0,
+            bf16=half,
             tensor_model_parallel_size=tensor,
             micro_batch_size=1,
             seed=SEED,
@@ -60,6 +60,10 @@ def fill_layouts(folder: str) -> None:
         plan = ModelPlan(job, state, Kernels(), SEED, recompute=False)
         model = build_model(plan, config, RandomStreams(0), torch.device("cpu"))
         engine = Engine(model, config, state)
+        dtype = torch.bfloat16 if half else torch.float32
+        for parameter in engine.model.parameters():
+            assert getattr(parameter, "ds_tensor", parameter).dtype == dtype, (tensor, stage, half)
+
         held = FragmentedState(engine)
 
         held.fill_weights(plan.first_weights)
