@@ -6,7 +6,9 @@ save each element of weights and moments exactly once.
 
 import argparse
 import dataclasses
+import multiprocessing
 import time
+from importlib import import_module
 from unittest import mock
 
 import deepspeed
@@ -35,34 +37,50 @@ def outlines_of(
 ) -> tuple[dict[tuple[int, int], list[Outline]], dict[str, tuple[int, ...]]]:
     """Build the engine of each of `ranks` in turn, on real tensors; return what each saves, by
     (tensor rank, data rank), and the shapes of a slice.
+
+    A process builds a few engines only: DeepSpeed's get slower with their number.
     """
+    import_module("torch._dynamo")  # what all ranks need, before processes are forked
+    tasks = [(ranks, tensor, stage, rank) for rank in range(ranks)]
+    context = multiprocessing.get_context("fork")
+
+    with context.Pool(maxtasksperchild=8) as pool:
+        results = pool.imap(outline_of, tasks)
+        found = list(progress(results, total=ranks, desc=f"ZeRO-{stage}", unit="rank"))
+
+    return {place: outline for place, outline, _ in found}, found[0][2]
+
+
+def outline_of(
+    task: tuple[int, int, int, int],
+) -> tuple[tuple[int, int], list[Outline], dict[str, tuple[int, ...]]]:
+    """Build the engine of one rank; return its place, what it saves, and the shapes of its
+    slice.
+    """
+    ranks, tensor, stage, rank = task
     deepspeed.accelerator.set_accelerator(CPU_Accelerator())
-    outlines = {}
-    shapes: dict[str, tuple[int, ...]] = {}
+    torch.set_num_threads(1)
 
-    for rank in progress(range(ranks), desc=f"ZeRO-{stage}", unit="rank"):
-        with (
-            one_of(ranks, rank),
-            mock.patch(f"{UTILS}.assert_lst_len_same_as_other_ranks"),
-            mock.patch(f"{UTILS}.get_lst_from_rank0", side_effect=list),
-        ):
-            state = VirtualState(tensor)
-            config = RunConfig(
-                micro_batch_size=1,
-                bf16=True,
-                zero_stage=stage,
-                tensor_model_parallel_size=tensor,
-            )
-            job = Job(None, None, SIZES, ("msm", "mrm", "itm"), {}, "")
-            plan = ModelPlan(job, state, Kernels(), 0, recompute=False)
-            model = build_model(plan, config, RandomStreams(0), HERE)
-            engine = Engine(model, config, state)
-            place = (state.tensor_rank, state.data_rank)
-            outlines[place] = FragmentedState(engine).outline()
-            names = plan.without_memory().named_parameters()
-            shapes = {name: tuple(parameter.shape) for name, parameter in names}
+    with (
+        one_of(ranks, rank),
+        mock.patch(f"{UTILS}.assert_lst_len_same_as_other_ranks"),
+        mock.patch(f"{UTILS}.get_lst_from_rank0", side_effect=list),
+    ):
+        state = VirtualState(tensor)
+        config = RunConfig(
+            micro_batch_size=1,
+            bf16=True,
+            zero_stage=stage,
+            tensor_model_parallel_size=tensor,
+        )
+        job = Job(None, None, SIZES, ("msm", "mrm", "itm"), {}, "")
+        plan = ModelPlan(job, state, Kernels(), 0, recompute=False)
+        model = build_model(plan, config, RandomStreams(0), HERE)
+        outline = FragmentedState(Engine(model, config, state)).outline()
+        names = plan.without_memory().named_parameters()
+        shapes = {name: tuple(parameter.shape) for name, parameter in names}
 
-    return outlines, shapes
+        return (state.tensor_rank, state.data_rank), outline, shapes
 
 
 def main() -> None:

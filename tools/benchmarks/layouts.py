@@ -1,0 +1,270 @@
+"""Compare the step time that planning/timing.py predicts for layouts with what this machine takes.
+
+The machine is described by three measurements, on other sizes than those that are predicted: passes
+of a model of half the layers on all ranks at once, all-reduces of two lengths, an update of AdamW.
+"""
+
+import dataclasses
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.options import option
+from megatron_interbert.config.training import RunConfig
+from megatron_interbert.data.packing import PackedBatch, pack
+from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.machines.processes import aligned, start_processes
+from megatron_interbert.model.flops import Tokens, training_flops
+from megatron_interbert.model.interbert import PRETRAINING_HEADS
+from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.layout import Layout
+from megatron_interbert.planning.timing import (
+    UPDATE_BYTES,
+    Machine,
+    StepTime,
+    hops,
+    ring_seconds,
+    step_time,
+)
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.engine import Engine, engine_settings
+from megatron_interbert.training.fragments import FragmentedState
+from megatron_interbert.training.micro_batch import layout_of
+from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.virtual.samples import random_examples
+from tools.benchmarks.batches import sizes_of
+from tools.benchmarks.options import BenchmarkOptions
+from tools.benchmarks.train import free_port
+
+LENGTHS = (1 << 12, 1 << 23)  # elements of the two all-reduces
+UPDATED = 20_000_000  # parameters of the update
+
+
+@dataclass
+class Options(BenchmarkOptions):
+    """Measure how far predicted step times of layouts are from measured ones."""
+
+    model: str = option("base", "preset or JSON file of sizes", group="model")
+    ranks: int = option(2, "processes", least=1)
+    batch: int = option(16, "samples of a rank's micro-batch", least=1)
+    steps: int = option(5, "measured steps of each layout", least=1)
+
+
+def measure(options: Options) -> dict[str, Any]:
+    """Run all ranks, and print the table of their first one."""
+    sizes = sizes_of(options.model)
+    context = get_context("spawn")
+    mine, theirs = context.Pipe()
+    port = free_port()
+    processes = [
+        context.Process(target=serve, args=(theirs, options, sizes, rank, port), daemon=True)
+        for rank in range(options.ranks)
+    ]
+    for process in processes:
+        process.start()
+
+    while not mine.poll(0.2):
+        if any(process.exitcode for process in processes):
+            raise TrainingStopped("a rank ended before it was measured; see its message above")
+
+    result = mine.recv()
+    print(*table(result), sep="\n")
+
+    return result
+
+
+def table(result: dict[str, Any]) -> list[str]:
+    """Return the lines of the report."""
+    parts = [entry.name for entry in dataclasses.fields(StepTime)]
+    rows = [("layout", "predicted s", "measured s", "ratio", *parts)]
+    for name, one in result["layouts"].items():
+        cells = [f"{one['parts'][part]:.3f}" for part in parts]
+        ratio = f"{one['predicted'] / one['measured']:.2f}"
+        rows.append((name, f"{one['predicted']:.3f}", f"{one['measured']:.3f}", ratio, *cells))
+
+    machine = result["machine"]
+    return [
+        (
+            f"a rank: {machine['tflops'] * 1000:.1f} GFLOP/s, {machine['link_gb_s']:.2f} GB/s and"
+            f" {machine['latency'] * 1e6:.0f} us to the others, {machine['memory_gb_s']:.2f} GB/s"
+            " in an update"
+        ),
+        *aligned(rows),
+    ]
+
+
+def serve(line: Connection, options: Options, sizes: ModelConfig, rank: int, port: int) -> None:
+    """Be one rank: describe the machine, then train in one layout after another."""
+    place = {"RANK": rank, "WORLD_SIZE": options.ranks}
+    place |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in (place | meeting).items()})
+    start_processes()
+
+    machine = describe_machine(options, sizes)
+    result: dict[str, Any] = {"machine": dataclasses.asdict(machine), "layouts": {}}
+    for config in configurations(options, sizes):
+        predicted, measured = in_layout(config, options, sizes, machine)
+        result["layouts"][name_of(config, options)] = {
+            "predicted": predicted.total,
+            "measured": measured,
+            "parts": dataclasses.asdict(predicted),
+        }
+        gc.collect()
+
+    if rank == 0:
+        line.send(result)
+    dist.barrier()
+
+
+def configurations(options: Options, sizes: ModelConfig) -> list[RunConfig]:
+    """Return the layouts to compare, all in fp32."""
+    found = []
+    for tensor in (1, 2, 4):
+        try:
+            sizes.check_tensor_parallel(tensor)
+        except UsageError:
+            continue
+        if options.ranks % tensor:
+            continue
+
+        for stage in (0, 1, 2, 3) if options.ranks > tensor else (0,):
+            for split in (False, True) if tensor > 1 and stage < 2 else (False,):
+                config = RunConfig(micro_batch_size=options.batch, zero_stage=stage)
+                config.tensor_model_parallel_size = tensor
+                config.sequence_parallel = split
+                found.append(config)
+
+    return found
+
+
+def name_of(config: RunConfig, options: Options) -> str:
+    """Return how a layout is called in the table."""
+    tensor = config.tensor_model_parallel_size
+    split = " split rows" if config.sequence_parallel else ""
+
+    return f"DP{options.ranks // tensor} TP{tensor}{split} ZeRO-{config.zero_stage}"
+
+
+def describe_machine(options: Options, sizes: ModelConfig) -> Machine:
+    """Describe a rank of this machine by measurements, in which all ranks take part at once."""
+    half = dataclasses.replace(
+        sizes,
+        interaction_layers=(sizes.interaction_layers + 1) // 2,
+        text_layers=(sizes.text_layers + 1) // 2,
+        image_layers=(sizes.image_layers + 1) // 2,
+    )
+    step = Step(RunConfig(micro_batch_size=options.batch), half, options, alone=True)
+    computed = slowest(lambda: step.passes(), options.steps)
+    flops = training_flops(half, step.batch)
+
+    seconds = [slowest(lambda n=n: all_reduce(n), 3 * options.steps) for n in LENGTHS]
+    moved = [4 * n for n in LENGTHS]
+    ring = [ring_seconds("all_reduce", count, options.ranks, 1.0) for count in moved]
+    link = (ring[1] - ring[0]) / max(seconds[1] - seconds[0], 1e-9)
+    calls = hops(options.ranks) if options.ranks > 1 else 1
+    latency = max(seconds[0] - ring[0] / link, 0.0) / calls if options.ranks > 1 else 0.0
+
+    return Machine(
+        tflops=flops / computed / 1e12,
+        memory_gib=0.0,
+        memory_gb_s=UPDATE_BYTES * UPDATED / slowest(update(), options.steps) / 1e9,
+        link_gb_s=link,
+        network_gb_s=link,
+        per_node=options.ranks,
+        efficiency=1.0,
+        latency=latency,
+    )
+
+
+def slowest(action: Callable[[], Any], repeats: int) -> float:
+    """Return the median seconds of an action on its slowest rank, after two to warm up."""
+    times = []
+    for number in range(repeats + 2):
+        dist.barrier()
+        started = time.perf_counter()
+        action()
+        taken = torch.tensor(time.perf_counter() - started)
+        dist.all_reduce(taken, op=dist.ReduceOp.MAX)
+        if number > 1:
+            times.append(float(taken))
+
+    return statistics.median(times)
+
+
+def all_reduce(elements: int) -> None:
+    """Sum as many zeros over all ranks."""
+    dist.all_reduce(torch.zeros(elements))
+
+
+def update() -> Callable[[], Any]:
+    """Return an update of UPDATED parameters by the optimizer of training."""
+    weights = torch.nn.Parameter(torch.zeros(UPDATED))
+    weights.grad = torch.zeros(UPDATED)
+    optimizer = torch.optim.AdamW([weights], fused=True)
+
+    return optimizer.step
+
+
+class Step:
+    """Run training steps of a model on a random batch in a layout; `alone`: every rank is one
+    process.
+    """
+
+    def __init__(
+        self, config: RunConfig, sizes: ModelConfig, options: Options, alone: bool = False
+    ) -> None:
+        device = torch.device("cpu")
+        self.state = ParallelState(
+            config.tensor_model_parallel_size, config.sequence_parallel, alone=alone
+        )
+        examples = random_examples(sizes, options.batch, seed=self.state.data_rank)
+        self.batch: PackedBatch = pack(examples, sizes.feature_dim)
+        self.task = PretrainingTask()
+        self.streams = RandomStreams(0, self.state.data_rank, self.state.tensor_rank)
+        job = Job(self.task, None, sizes, PRETRAINING_HEADS, {}, "")
+        plan = ModelPlan(job, self.state, Kernels(), 0, recompute=False)
+        if alone:
+            self.model = plan.filled(self.streams, device, torch.float32)
+            return
+
+        settings = engine_settings(config, self.state, plan.without_memory())
+        model = build_model(plan, config, self.streams, device, settings)
+        self.engine = Engine(model, config, self.state, settings=settings)
+        FragmentedState(self.engine).fill_weights(plan.first_weights)
+
+    def passes(self) -> None:
+        """Run a forward and a backward pass of the bare model."""
+        loss, _ = self.task.loss(self.model(self.batch), self.batch, self.batch.target_counts())
+        loss.backward()
+        self.model.zero_grad()
+
+    def __call__(self) -> None:
+        totals = self.state.sum_over_data(self.batch.target_counts())
+        loss, _ = self.task.loss(self.engine.forward(self.batch), self.batch, totals)
+        self.engine.backward(loss, last=True)
+        self.engine.step(1e-4)
+
+
+def in_layout(
+    config: RunConfig, options: Options, sizes: ModelConfig, machine: Machine
+) -> tuple[StepTime, float]:
+    """Return the predicted time of a step, and the median seconds of measured ones."""
+    step = Step(config, sizes, options)
+    layout: Layout = layout_of(config, step.state.data_size, Kernels())
+    predicted = step_time(sizes, layout, [Tokens.of(step.batch)], machine)
+
+    return predicted, slowest(step, options.steps)
