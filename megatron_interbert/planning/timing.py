@@ -1,9 +1,10 @@
 """Predict the time of a training step by arithmetic: products, communication, update.
 
-Products run at a stated share of the device's peak; collectives are rings over the slowest link of
-their group; nothing of them is hidden unless `overlap` says so. On two and four CPU processes the
-prediction is checked against measured steps. For GPUs it rests on the figures of `MACHINES`, which
-are datasheets' and other people's measurements: a comparison of layouts, no promise.
+Products run at a stated share of the device's peak, everything else at the bandwidth of its
+memory; collectives are rings over the slowest link of their group; nothing of them is hidden unless
+`overlap` says so. `tools/benchmark.py layouts` compares the prediction with steps of two or four
+CPU processes. For GPUs it rests on the figures of `MACHINES`, which are datasheets' and other
+people's measurements: a comparison of layouts, no promise.
 """
 
 import math
@@ -26,6 +27,14 @@ from megatron_interbert.planning.traffic import data_traffic, tensor_traffic
 # bytes that an update moves per parameter of a rank's share: weight, moments and gradient are read
 # and written, the weights of the passes written
 UPDATE_BYTES = 30
+# how often DeepSpeed reads or writes all gradients or weights of a rank beside that: into and out
+# of buckets, division, norm, clipping, new weights
+ENGINE_PASSES = 12
+# elements per token and hidden unit that a layer reads or writes outside of its products, forward
+# and backward: in norms, residuals and their dropout, which all tensor-parallel ranks compute,
+# unless rows are split; in attention and the activation of the MLP, which they share
+WHOLE_ROWS = 16
+SHARED_ROWS = 32
 
 
 @dataclass(frozen=True)
@@ -44,6 +53,18 @@ class Machine:
     host_link_gb_s: float = 25.0  # between a device and its host
     host_gb_s: float = 40.0  # a device's share of the host's memory, for an update there
     disk_gb_s: float = 3.0  # a device's share of the host's disks
+    # how many times the seconds of a ring an operation takes: 1 with NCCL, more with gloo
+    all_gather_slower: float = 1.0
+    reduce_scatter_slower: float = 1.0
+
+    def seconds(self, operation: str, given: float, ranks: int, gb_s: float) -> float:
+        """Return the seconds of a collective of ranks that contribute `given` bytes each."""
+        slower = {
+            "all_gather": self.all_gather_slower,
+            "reduce_scatter": self.reduce_scatter_slower,
+        }
+
+        return ring_seconds(operation, given, ranks, gb_s) * slower.get(operation, 1.0)
 
 
 # Peaks and memory are from datasheets. Links: what large all-reduces reach by public measurements.
@@ -57,7 +78,7 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Hold the seconds of a step: products, communication of tensor-parallel and data-parallel
+    """Hold the seconds of a step: passes, communication of tensor-parallel and data-parallel
     groups (what is not hidden), update, and what offload moves to and from host and disk.
     """
 
@@ -79,8 +100,11 @@ def step_time(
     """Predict the time of a step of these micro-batches on each data-parallel rank."""
     passes = 4 if layout.recompute else 3
     flops = passes * sum(forward_flops(sizes, tokens) for tokens in micro_batches)
-    compute = flops / layout.tensor / (machine.tflops * 1e12 * machine.efficiency)
+    products = flops / layout.tensor / (machine.tflops * 1e12 * machine.efficiency)
+    others = sum(other_bytes(sizes, layout, tokens) for tokens in micro_batches)
+    compute = products + others / (machine.memory_gb_s * 1e9)
     share = rank_parameters(sizes, layout.tensor)
+    copied = 0 if layout.shares_nothing else ENGINE_PASSES * layout.element * share
     share /= 1 if layout.zero_stage == 0 else layout.data
     updated_at = machine.memory_gb_s if layout.optimizer_on == ON_DEVICE else machine.host_gb_s
 
@@ -88,9 +112,18 @@ def step_time(
         compute,
         tensor_seconds(sizes, layout, micro_batches, machine),
         data_seconds(sizes, layout, len(micro_batches), machine) * (1 - machine.overlap),
-        UPDATE_BYTES * share / (updated_at * 1e9),
+        copied / (machine.memory_gb_s * 1e9) + UPDATE_BYTES * share / (updated_at * 1e9),
         offload_seconds(layout, share, len(micro_batches), machine),
     )
+
+
+def other_bytes(sizes: ModelConfig, layout: Layout, tokens: Tokens) -> float:
+    """Return the bytes that a micro-batch's passes move outside of matrix products."""
+    rows = sum(layers * count for layers, count, _, _ in tokens.stacks(sizes))
+    each = WHOLE_ROWS / layout.sharing + SHARED_ROWS / layout.tensor
+    again = 4 / 3 if layout.recompute else 1.0
+
+    return again * rows * each * sizes.hidden_size * layout.element
 
 
 def offload_seconds(layout: Layout, share: float, micro_batches: int, machine: Machine) -> float:
@@ -129,7 +162,7 @@ def tensor_seconds(
     for tokens in micro_batches:
         given = tensor_traffic(sizes, layout, tokens)
         total += sum(
-            ring_seconds(operation, count, ranks, bandwidth)
+            machine.seconds(operation, count, ranks, bandwidth)
             for (operation, _), count in given.items()
         )
 
@@ -148,7 +181,8 @@ def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine
     calls = math.ceil(parameters / BUCKET) + math.ceil(parameters / SUB_GROUP)
     given = data_traffic(sizes, layout, micro_batches)
     moved = sum(
-        ring_seconds(operation, count, ranks, bandwidth) for (operation, _), count in given.items()
+        machine.seconds(operation, count, ranks, bandwidth)
+        for (operation, _), count in given.items()
     )
 
     return moved + calls * hops(ranks) * machine.latency

@@ -226,3 +226,24 @@ def test_padding_keeps_every_sample():
             batch.features[row][hidden], torch.zeros(int(hidden.sum()), sizes.feature_dim)
         )
         assert batch.features[row, :regions][~hidden[:regions]].abs().sum() > 0
+
+
+def test_predicted_against_measured_layouts(tmp_path):
+    """Check that two ranks measure every layout, and that the prediction says of what it is made."""
+    output = tmp_path / "layouts.json"
+    flags = ("--model", "tiny", "--ranks", 2, "--batch", 4, "--steps", 1, "--output", output)
+    code, out, err = launch(sys.executable, "tools/benchmark.py", "layouts", *flags)
+    assert code == 0, out + err
+    layouts = json.loads(output.read_text())["layouts"]
+    assert list(layouts) == [
+        *(f"DP2 TP1 ZeRO-{stage}" for stage in range(4)),
+        "DP1 TP2 ZeRO-0",
+        "DP1 TP2 split rows ZeRO-0",
+    ]
+
+    for name, one in layouts.items():
+        assert name in out
+        assert 0 < one["measured"] < math.inf
+        assert one["predicted"] == pytest.approx(sum(one["parts"].values()))
+        assert (one["parts"]["tensor"] > 0) == ("TP2" in name)
+        assert (one["parts"]["data"] > 0) == ("DP2" in name)

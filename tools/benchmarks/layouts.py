@@ -1,7 +1,7 @@
 """Compare the step time that planning/timing.py predicts for layouts with what this machine takes.
 
 The machine is described by three measurements, on other sizes than those that are predicted: passes
-of a model of half the layers on all ranks at once, all-reduces of two lengths, an update of AdamW.
+of a model of half the layers on all ranks at once, collectives of two lengths, an addition.
 """
 
 import dataclasses
@@ -31,10 +31,10 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import Layout
 from megatron_interbert.planning.timing import (
-    UPDATE_BYTES,
     Machine,
     StepTime,
     hops,
+    other_bytes,
     ring_seconds,
     step_time,
 )
@@ -49,8 +49,9 @@ from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.options import BenchmarkOptions
 from tools.benchmarks.train import free_port
 
-LENGTHS = (1 << 12, 1 << 23)  # elements of the two all-reduces
-UPDATED = 20_000_000  # parameters of the update
+LENGTHS = (1 << 12, 1 << 23)  # elements of the collectives
+ADDED = 20_000_000  # elements of two tensors that are added, to measure memory
+ADDED_BYTES = 12  # read and written for each
 
 
 @dataclass
@@ -99,8 +100,9 @@ def table(result: dict[str, Any]) -> list[str]:
     return [
         (
             f"a rank: {machine['tflops'] * 1000:.1f} GFLOP/s, {machine['link_gb_s']:.2f} GB/s and"
-            f" {machine['latency'] * 1e6:.0f} us to the others, {machine['memory_gb_s']:.2f} GB/s"
-            " in an update"
+            f" {machine['latency'] * 1e6:.0f} us to the others (all-gather"
+            f" {machine['all_gather_slower']:.1f} times a ring's seconds, reduce-scatter"
+            f" {machine['reduce_scatter_slower']:.1f}), {machine['memory_gb_s']:.2f} GB/s of memory"
         ),
         *aligned(rows),
     ]
@@ -170,23 +172,36 @@ def describe_machine(options: Options, sizes: ModelConfig) -> Machine:
     step = Step(RunConfig(micro_batch_size=options.batch), half, options, alone=True)
     computed = slowest(lambda: step.passes(), options.steps)
     flops = training_flops(half, step.batch)
+    memory = ADDED_BYTES * ADDED / slowest(addition(), options.steps)
+    others = other_bytes(half, Layout(), Tokens.of(step.batch)) / memory
 
-    seconds = [slowest(lambda n=n: all_reduce(n), 3 * options.steps) for n in LENGTHS]
-    moved = [4 * n for n in LENGTHS]
-    ring = [ring_seconds("all_reduce", count, options.ranks, 1.0) for count in moved]
-    link = (ring[1] - ring[0]) / max(seconds[1] - seconds[0], 1e-9)
-    calls = hops(options.ranks) if options.ranks > 1 else 1
-    latency = max(seconds[0] - ring[0] / link, 0.0) / calls if options.ranks > 1 else 0.0
-
-    return Machine(
-        tflops=flops / computed / 1e12,
+    machine = Machine(
+        tflops=flops / max(computed - others, 0.1 * computed) / 1e12,
         memory_gib=0.0,
-        memory_gb_s=UPDATE_BYTES * UPDATED / slowest(update(), options.steps) / 1e9,
-        link_gb_s=link,
-        network_gb_s=link,
+        memory_gb_s=memory / 1e9,
+        link_gb_s=0.0,
+        network_gb_s=0.0,
         per_node=options.ranks,
         efficiency=1.0,
-        latency=latency,
+    )
+    if options.ranks == 1:
+        return dataclasses.replace(machine, link_gb_s=1.0, latency=0.0)
+
+    short, long = (one_collective("all_reduce", n, options) for n in LENGTHS)
+    ring = [ring_seconds("all_reduce", 4 * n, options.ranks, 1.0) for n in LENGTHS]
+    link = (ring[1] - ring[0]) / (long - short)
+    slower = {}
+    for operation in ("all_gather", "reduce_scatter"):
+        taken = one_collective(operation, LENGTHS[1], options)
+        given = 4 * LENGTHS[1] // (options.ranks if operation == "all_gather" else 1)
+        slower[f"{operation}_slower"] = taken / ring_seconds(operation, given, options.ranks, link)
+
+    return dataclasses.replace(
+        machine,
+        link_gb_s=link,
+        network_gb_s=link,
+        latency=max(short - ring[0] / link, 0.0) / hops(options.ranks),
+        **slower,
     )
 
 
@@ -205,18 +220,25 @@ def slowest(action: Callable[[], Any], repeats: int) -> float:
     return statistics.median(times)
 
 
-def all_reduce(elements: int) -> None:
-    """Sum as many zeros over all ranks."""
-    dist.all_reduce(torch.zeros(elements))
+def one_collective(operation: str, elements: int, options: Options) -> float:
+    """Return the seconds of a collective over all ranks on tensors of so many elements in all."""
+    whole = torch.zeros(elements)
+    part = torch.zeros(elements // options.ranks)
+    actions = {
+        "all_reduce": lambda: dist.all_reduce(whole),
+        "all_gather": lambda: dist.all_gather_into_tensor(whole, part),
+        "reduce_scatter": lambda: dist.reduce_scatter_tensor(part, whole),
+    }
+
+    return slowest(actions[operation], 3 * options.steps)
 
 
-def update() -> Callable[[], Any]:
-    """Return an update of UPDATED parameters by the optimizer of training."""
-    weights = torch.nn.Parameter(torch.zeros(UPDATED))
-    weights.grad = torch.zeros(UPDATED)
-    optimizer = torch.optim.AdamW([weights], fused=True)
-
-    return optimizer.step
+def addition() -> Callable[[], Any]:
+    """Return an addition of two long tensors, whose result is in memory that is fresh from the
+    kernel, as that of gradients and their buckets is.
+    """
+    one, other = torch.zeros(2, ADDED)
+    return lambda: one + other
 
 
 class Step:
