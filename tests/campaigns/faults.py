@@ -40,6 +40,8 @@ LAYOUTS = {  # what a run is started with; each has its own undisturbed run
     "TP2 ZeRO-2": ("--zero-stage", 2, "--tensor-model-parallel-size", 2),
     "DP2 ZeRO-3": ("--zero-stage", 3),
     "DP2 ZeRO-0": ("--zero-stage", 0),
+    "DP2 host": ("--bf16", "--deepspeed-config", "zero2_offload_optimizer"),
+    "DP2 disk": ("--bf16", "--deepspeed-config", "zero3_nvme", "--nvme-path", "SWAP"),
 }
 SPOIL = ("flip", "truncate", "delete", "manifest")
 
@@ -83,7 +85,10 @@ class Life:
             ),
             *("--lr", "1e-3", "--keep-last", 2, *LAYOUTS[layout]),
         )
-        self.ranks = [self._fork(rank, port, [str(f) for f in flags]) for rank in range(2)]
+        swap = Path(store).parent / "swap"
+        swap.mkdir(exist_ok=True)
+        words = [str(swap) if flag == "SWAP" else str(flag) for flag in flags]
+        self.ranks = [self._fork(rank, port, words) for rank in range(2)]
 
     def _fork(self, rank, port, flags):
         child = os.fork()
@@ -382,6 +387,7 @@ def main():
     parser.add_argument(
         "--layouts", type=int, default=len(LAYOUTS), help="so many of the layouts, the first ones"
     )
+    parser.add_argument("--only", default="", help="of these, those with this text in their name")
     parser.add_argument(
         "--spoil",
         type=float,
@@ -400,7 +406,8 @@ def main():
 
     with tempfile.TemporaryDirectory(dir=arguments.folder or None) as folder:
         try:
-            layouts = tuple(LAYOUTS)[: arguments.layouts]
+            first = tuple(LAYOUTS)[: arguments.layouts]
+            layouts = tuple(name for name in first if arguments.only in name)
             counts = Campaign(
                 folder, arguments.seed, arguments.quiet, layouts, arguments.spoil
             ).run(arguments.kills)

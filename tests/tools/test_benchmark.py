@@ -229,7 +229,7 @@ def test_padding_keeps_every_sample():
 
 
 def test_predicted_against_measured_layouts(tmp_path):
-    """Check that two ranks measure every layout, and that the prediction says of what it is made."""
+    """Check that two ranks measure every layout, and that the parts of a prediction add up."""
     output = tmp_path / "layouts.json"
     flags = ("--model", "tiny", "--ranks", 2, "--batch", 4, "--steps", 1, "--output", output)
     code, out, err = launch(sys.executable, "tools/benchmark.py", "layouts", *flags)
