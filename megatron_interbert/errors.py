@@ -1,5 +1,6 @@
 """Report errors in one line instead of a traceback: what is wrong, where, and how to fix it."""
 
+import atexit
 import contextlib
 import errno
 import os
@@ -132,11 +133,24 @@ def begin_entry() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+_last_actions: list[Callable[[], None]] = []
+
+
+def at_end(action: Callable[[], None]) -> None:
+    """Have `action()` called when the process ends, by `end_entry` too; not if it is killed."""
+    _last_actions.append(action)
+    atexit.register(action)
+
+
 def end_entry(code: int) -> NoReturn:
     """End the process with an exit code, skipping destructors of process groups and loader workers:
     they may wait for ranks that are already gone.
     """
     say_what_was_lost()
+    for action in _last_actions:
+        with contextlib.suppress(OSError):
+            action()
+
     os._exit(code)
 
 
@@ -202,7 +216,7 @@ def end_for(error: RunError, code: int) -> NoReturn:
     if number_of("WORLD_SIZE", 1) > 1 and not alone:
         # The other ranks are about to meet the same error, and exiting now would break one of
         # their collectives. The rank that printed it exits first; launchers then end the others.
-        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        signal.signal(signal.SIGTERM, lambda *_: end_entry(code))
         time.sleep(1 if speaks else 5)
 
     end_entry(code)

@@ -5,7 +5,6 @@ DeepSpeed does not look at the results of its reads and writes: on a full disk w
 without a word. So the room is checked before a run starts, and the files' sizes after every step.
 """
 
-import atexit
 import contextlib
 import fcntl
 import functools
@@ -20,7 +19,7 @@ from typing import Any
 import torch.utils.cpp_extension
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.errors import TrainingStopped, UsageError, at_end
 from megatron_interbert.files import open_folder, take_lock
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.training.deepspeed_config import offload_blocks
@@ -87,7 +86,7 @@ def own_folder(path: str) -> Path:
         raise UsageError(f"nvme_path {path}: cannot be written ({error.strerror})") from error
 
     take_lock(open_folder(folder))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    at_end(lambda: shutil.rmtree(folder, ignore_errors=True))
 
     return folder
 

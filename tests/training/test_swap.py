@@ -2,8 +2,13 @@
 loss in silence when a disk is full.
 """
 
+import dataclasses
 import json
 import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +24,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import rank_parameters
 from megatron_interbert.training import swap
 from tests.dist import run_on_ranks
+from tests.launching import ends, pretrain, start, until
 from tests.sizes import MEASURABLE
 
 SAVED = 2
@@ -201,6 +207,50 @@ def test_offload_to_nvme(tmp_path: Path) -> None:
     run_on_ranks(2, train_everywhere, str(tmp_path))
     swap.remove_leftovers(tmp_path / "nvme")  # these ranks end as killed ones do
     assert not any((tmp_path / "nvme").iterdir())
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """Mount a disk of 300 MB, with a file system of its own."""
+    image = tmp_path / "image"
+    with image.open("wb") as file:
+        file.truncate(300_000_000)
+    place = tmp_path / "disk"
+    place.mkdir()
+    for command in (("mkfs.ext4", "-q", image), ("mount", "-o", "loop", image, place)):
+        found = shutil.which(command[0])
+        if not found or subprocess.run(command, capture_output=True, check=False).returncode:
+            pytest.skip(f"{command[0]} is not possible here: it wants root and a loop device")
+
+    yield place
+    subprocess.run(["umount", "-l", place], check=True)
+
+
+@needs_built_library
+def test_a_disk_that_others_fill(store: Path, disk: Path, tmp_path: Path) -> None:
+    """Fill the disk once the run has found room on it: one line, and nothing stays there."""
+    sizes = {**dataclasses.asdict(MEASURABLE), "vocab_size": 0, "feature_dim": 0, "num_classes": 0}
+    (tmp_path / "sizes.json").write_text(json.dumps(sizes))
+    flags = (
+        "--data-path",
+        store,
+        "--model",
+        tmp_path / "sizes.json",
+        "--bf16",
+        "--save-interval",
+        5,
+    )
+    flags = (*flags, "--deepspeed-config", "zero3_nvme_optimizer", "--nvme-path", disk)
+    run = start(*pretrain(*flags, "--micro-batch-size", 2, "--train-iters", 10))
+    until(lambda: list(disk.glob("interbert-swap-*")), "the run's swap folder")
+    other = disk / "other"
+    other.write_bytes(bytes(shutil.disk_usage(disk).free - 30_000_000))
+
+    [(code, out, err)] = ends([run])
+    assert code == 1, out + err
+    assert re.search(rf"error: {disk}: a swap file has \d+ of \d+ bytes, .*: the disk is full", err)
+    assert "Traceback" not in err
+    assert {path.name for path in disk.iterdir()} == {"lost+found", "other"}
 
 
 @needs_library
