@@ -243,8 +243,8 @@ def test_a_disk_that_others_fill(store: Path, disk: Path, tmp_path: Path) -> Non
     flags = (*flags, "--deepspeed-config", "zero3_nvme_optimizer", "--nvme-path", disk)
     run = start(*pretrain(*flags, "--micro-batch-size", 2, "--train-iters", 10))
     until(lambda: list(disk.glob("interbert-swap-*")), "the run's swap folder")
-    other = disk / "other"
-    other.write_bytes(bytes(shutil.disk_usage(disk).free - 30_000_000))
+    with (disk / "other").open("wb") as other:  # at once, before the run writes
+        os.posix_fallocate(other.fileno(), 0, shutil.disk_usage(disk).free - 10_000_000)
 
     [(code, out, err)] = ends([run])
     assert code == 1, out + err
