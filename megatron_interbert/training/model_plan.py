@@ -18,6 +18,8 @@ from megatron_interbert.training.engine import engine_settings
 from megatron_interbert.training.sharding import sharded_model
 from megatron_interbert.training.update import shards_weights
 
+TRIED_LAYERS = 2
+
 
 @dataclass(frozen=True)
 class ModelPlan:
@@ -54,6 +56,17 @@ class ModelPlan:
         model = self.whole(streams, device, dtype)
         initialise(model, self.job.model_config, self.seed, self.state)
         return model
+
+    def shallow(self) -> "ModelPlan":
+        """Return the plan of a model of at most TRIED_LAYERS layers in each stack, for trials where
+        no rank can hold the whole: their passes gain from larger batches as those of all layers do.
+        """
+        sizes = self.job.model_config
+        names = ("interaction_layers", "text_layers", "image_layers")
+        layers = {name: min(TRIED_LAYERS, getattr(sizes, name)) for name in names}
+        job = replace(self.job, model_config=replace(sizes, **layers))
+
+        return replace(self, job=job)
 
     def for_evaluation(self) -> InterBert:
         """Build a model to copy weights into, without memory yet and with whole rows: evaluations

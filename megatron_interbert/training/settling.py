@@ -8,7 +8,7 @@ from megatron_interbert.parallel.agreement import check_alike
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.micro_batch import Trial, choose_micro_batch, still_fits
-from megatron_interbert.training.model_plan import ModelPlan
+from megatron_interbert.training.model_plan import TRIED_LAYERS, ModelPlan
 from megatron_interbert.training.resume import resumed_batch, resumed_micro_batch
 from megatron_interbert.training.run import Run
 from megatron_interbert.training.run_facts import facts_of_run
@@ -54,9 +54,14 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
     if before:
         run.say(f"micro-batch size {before}, which the previous run chose, does not fit here")
 
+    tried = plan
+    if config.zero_stage == 3:
+        tried = plan.shallow()
+        run.say(f"trials take at most {TRIED_LAYERS} layers of each stack: no rank holds all")
+
     found = choose_micro_batch(
         trial,
-        lambda: plan.filled(run.streams, run.device, trial.dtype),
+        lambda: tried.filled(run.streams, run.device, trial.dtype),
         global_batch,
         lambda: run.watchdog.enter("start", 0),
     )

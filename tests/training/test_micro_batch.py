@@ -2,6 +2,8 @@
 the choice, and refuse impossible settings.
 """
 
+import dataclasses
+import json
 import sys
 from types import SimpleNamespace
 
@@ -11,10 +13,13 @@ import torch
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.task import Job
 from megatron_interbert.training import micro_batch
 from megatron_interbert.training.micro_batch import choose_micro_batch, still_fits
+from megatron_interbert.training.model_plan import ModelPlan
 from tests.corpus import write_store
 from tests.launching import launch, losses, pretrain, train
+from tests.sizes import SMALL
 
 
 class Pretended:
@@ -154,6 +159,29 @@ def test_runs_choose_together_and_resume_with_it(tmp_path):
     code, out, err = train(2, *common, "--micro-batch-size", chosen, "--save", tmp_path / "whole")
     assert code == 0, out + err
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+
+
+def test_at_stage_3_no_rank_holds_the_whole(tmp_path):
+    """Check that trials there build a few layers of a deep model, and that the run has them all."""
+    store = write_store(tmp_path / "s")
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "image_attention_heads": 2}
+    sizes |= {"ffn_hidden_size": 64, "pooled_size": 32, "interaction_layers": 5, "text_layers": 1}
+    sizes |= {"image_layers": 3, "vocab_size": 0, "feature_dim": 0, "num_classes": 0}
+    (tmp_path / "deep.json").write_text(json.dumps(sizes))
+    flags = ("--model", tmp_path / "deep.json", "--data-path", store, "--train-iters", 1)
+    flags = (*flags, "--zero-stage", 3, "--global-batch-size", 8, "--micro-batch-size", "auto")
+    code, out, err = launch(*pretrain(*flags))
+    assert code == 0, out + err
+    assert "trials take at most 2 layers of each stack: no rank holds all" in out
+    assert "per rank, by trial (samples/s" in out
+    assert "layers 5 + 1 + 3" in out
+
+    sizes = dataclasses.replace(SMALL, interaction_layers=5)
+    plan = ModelPlan(Job(None, None, sizes, (), {}, ""), ParallelState(), None, 0, False)
+    shallow = plan.shallow().job.model_config
+    found = (shallow.interaction_layers, shallow.text_layers, shallow.image_layers)
+    assert found == (2, 1, 2)
+    assert plan.job.model_config.interaction_layers == 5
 
 
 def test_what_a_run_before_chose_must_fit_here():
