@@ -1,0 +1,14 @@
+"""Test the peak memory of real ranks against the formula, with a small model; for larger ones see
+tests/campaigns/peaks.py.
+"""
+
+from tests.campaigns.peaks import compare, libraries_of, write_sizes
+
+
+def test_the_peak_of_two_ranks(store, tmp_path):
+    """Take 100 M parameters, so that allocations of Python do not blur the figure."""
+    libraries = libraries_of(store, tmp_path)
+    model = write_sizes(tmp_path, 768, (5, 5, 4))
+    count, measured, planned = compare(store, model, 2, libraries)
+    assert count > 90e6
+    assert abs(measured / planned - 1) < 0.15, (measured, planned, libraries)
