@@ -190,11 +190,16 @@ class Row:
 
 
 def candidates(sizes: ModelConfig, options: Options) -> Iterator[Layout]:
-    """Yield the layouts to compare: with offload only if there is something to offload to."""
+    """Yield the layouts to compare: with offload only if there is something to offload to, with and
+    without split rows only in a search.
+    """
     like = Layout(half=not options.fp32, fused=options.kernels == "triton")
-    split = (False, True) if options.search else (options.sequence_parallel,)
 
-    for layout in layouts(sizes, like, options.gpus, split):
+    for layout in layouts(sizes, like, options.gpus):
+        split = options.sequence_parallel and layout.tensor > 1
+        if not options.search and layout.sequence_parallel != split:
+            continue
+
         on_disk = ON_DISK in (layout.optimizer_on, layout.parameters_on)
         if (options.host_memory or not layout.offloads) and (options.nvme_space or not on_disk):
             yield layout

@@ -4,8 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_output
-from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK, SUB_GROUP
+from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK
 from megatron_interbert.planning.search import Fit
 
 FLAGS = "run.yaml"
@@ -35,9 +36,6 @@ def engine_json(found: Fit) -> dict[str, Any]:
     """Return DeepSpeed's configuration of a layout; sizes and precision come from the flags."""
     layout = found.layout
     zero: dict[str, Any] = {"stage": layout.zero_stage}
-    if layout.zero_stage == 3:
-        zero["sub_group_size"] = SUB_GROUP
-
     places = {"offload_optimizer": layout.optimizer_on, "offload_param": layout.parameters_on}
     for name, place in places.items():
         if place != ON_DEVICE:
@@ -62,7 +60,11 @@ def write_recipe(folder: Path, model: str, found: Fit) -> list[str]:
     settings = settings_of(model, found, engine)
     lines = (f"{name}: {json.dumps(value)}" for name, value in settings.items())
 
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--search {folder}: cannot be made ({error.strerror})") from error
+
     write_output(engine, json.dumps(engine_json(found), indent=2) + "\n", "--search")
     write_output(flags, "\n".join(lines) + "\n", "--search")
 

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from megatron_interbert.config.model import ModelConfig
@@ -21,7 +21,8 @@ PLACES = (
     (ON_DISK, ON_DEVICE),
     (ON_DISK, ON_DISK),
 )
-# the JSON in ds_configs/ for each but the first
+DISTANCES = {ON_DEVICE: 0, ON_HOST: 1, ON_DISK: 2}
+# the JSON in ds_configs/ for each of PLACES but the first
 SHIPPED = {
     (ON_HOST, ON_DEVICE): "zero2_offload_optimizer",
     (ON_HOST, ON_HOST): "zero3_offload",
@@ -78,9 +79,7 @@ class Fit:
     memory: Memory
 
 
-def layouts(
-    sizes: ModelConfig, like: Layout, ranks: int, sequence_parallel: Sequence[bool] = (False,)
-) -> Iterator[Layout]:
+def layouts(sizes: ModelConfig, like: Layout, ranks: int) -> Iterator[Layout]:
     """Yield all layouts of `ranks` in the precision and with the kernels of `like`, the simplest
     first; those with offload come last.
     """
@@ -88,8 +87,8 @@ def layouts(
     tensors = [size for size in range(1, most + 1) if ranks % size == 0 and divides(sizes, size)]
     stages = (0, 1, 2, 3)
 
-    for places, recompute, tensor, stage, split in itertools.product(
-        PLACES, (False, True), tensors, stages, sequence_parallel
+    for (optimizer, parameters), recompute, tensor, stage, split in itertools.product(
+        PLACES, (False, True), tensors, stages, (False, True)
     ):
         data = ranks // tensor
         found = replace(
@@ -99,8 +98,8 @@ def layouts(
             zero_stage=stage,
             recompute=recompute,
             sequence_parallel=split,
-            optimizer_on=places[0],
-            parameters_on=places[1],
+            optimizer_on=optimizer,
+            parameters_on=parameters,
         )
         if is_sensible(found):
             yield found
@@ -134,7 +133,7 @@ def is_sensible(layout: Layout) -> bool:
         return False
 
     if layout.offloads:
-        return layout.zero_stage == (2 if place_of(layout) == 1 else 3)  # as SHIPPED has them
+        return layout.zero_stage == (2 if places(layout) == PLACES[1] else 3)  # as SHIPPED has them
 
     return layout.data > 1 or layout.zero_stage < 2
 
@@ -176,22 +175,27 @@ def most_samples(sizes: ModelConfig, layout: Layout, sample: Load, room: Room, m
     return largest_micro_batch(sizes, layout, sample, device, most)
 
 
-def nearest_fit(sizes: ModelConfig, layout: Layout, load: Load, room: Room) -> Fit | None:
+def nearest_fit(
+    sizes: ModelConfig, layout: Layout, load: Load, room: Room, micro_batch: int
+) -> Fit | None:
     """Return the layout with the same ranks that fits and differs least from `layout`, with its
     micro-batch (no larger than before; gradients of several add up to the same step); or None.
+
+    `load` is that of a whole micro-batch, which may have more rows than samples.
     """
-    micro_batches = [n for n in range(load.samples, 0, -1) if load.samples % n == 0]
+    micro_batches = [n for n in range(micro_batch, 0, -1) if micro_batch % n == 0]
     candidates = [
-        (distance(layout, other) + 2 * math.log2(load.samples / samples), other, samples)
-        for other in layouts(sizes, layout, layout.data * layout.tensor, (False, True))
+        (distance(layout, other) + 2 * math.log2(micro_batch / samples), other, samples)
+        for other in layouts(sizes, layout, layout.data * layout.tensor)
         if is_nearby(layout, other)
         for samples in micro_batches
     ]
 
     for _, other, samples in sorted(candidates, key=lambda one: one[0]):
-        memory = predict(sizes, other, replace(load, samples=samples))
+        rows = max(1, load.samples * samples // micro_batch)
+        memory = predict(sizes, other, replace(load, samples=rows))
         if not room.lacks(memory):
-            steps = layout.data * load.samples // (other.data * samples) or 1
+            steps = layout.data * micro_batch // (other.data * samples) or 1
             return Fit(other, samples, steps, memory)
 
     return None
@@ -204,13 +208,19 @@ def is_nearby(layout: Layout, other: Layout) -> bool:
         and other.tensor >= layout.tensor
         and other.recompute >= layout.recompute
         and other.sequence_parallel >= layout.sequence_parallel
-        and place_of(other) >= place_of(layout)
+        and DISTANCES[other.optimizer_on] >= DISTANCES[layout.optimizer_on]
+        and DISTANCES[other.parameters_on] >= DISTANCES[layout.parameters_on]
     )
 
 
-def place_of(layout: Layout) -> int:
-    """Return how far from the device a layout keeps its state, as an index of PLACES."""
-    return PLACES.index((layout.optimizer_on, layout.parameters_on))
+def places(layout: Layout) -> tuple[str, str]:
+    """Return where a layout has its optimizer's state and its parameters."""
+    return layout.optimizer_on, layout.parameters_on
+
+
+def away(layout: Layout) -> int:
+    """Return how far from the device a layout keeps its state."""
+    return sum(DISTANCES[place] for place in places(layout))
 
 
 def distance(layout: Layout, other: Layout) -> float:
@@ -220,16 +230,13 @@ def distance(layout: Layout, other: Layout) -> float:
         + 3 * (other.recompute - layout.recompute)
         + 5 * math.log2(other.tensor / layout.tensor)
         + (other.sequence_parallel - layout.sequence_parallel)
-        + 8 * (place_of(other) - place_of(layout))
+        + 8 * (away(other) - away(layout))
     )
 
 
-def flags_of(found: Fit, before: Layout | None = None, samples: int = 0) -> list[str]:
-    """Return the flags of a training run in a layout; with `before` and its micro-batch only those
-    that change.
-    """
+def flags_of(found: Fit, before: Layout, samples: int) -> list[str]:
+    """Return the flags by which a training run changes from a layout and its micro-batch."""
     layout = found.layout
-    before = before or Layout(zero_stage=-1)
     flags = []
 
     if layout.tensor != before.tensor:
@@ -242,9 +249,9 @@ def flags_of(found: Fit, before: Layout | None = None, samples: int = 0) -> list
         flags.append("--recompute-activations")
     if found.samples != samples:
         flags += ["--micro-batch-size", str(found.samples)]
-    if place_of(layout) != place_of(before):
-        flags += ["--deepspeed-config", SHIPPED[layout.optimizer_on, layout.parameters_on]]
-        if ON_DISK in (layout.optimizer_on, layout.parameters_on):
+    if places(layout) != places(before):
+        flags += ["--deepspeed-config", SHIPPED[places(layout)]]
+        if ON_DISK in places(layout):
             flags += ["--nvme-path", "FOLDER"]
 
     return flags

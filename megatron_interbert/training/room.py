@@ -36,11 +36,12 @@ def refusal(trial: Trial, rank: int, load: Load, room: Room) -> str:
     """Say what a rank lacks, and which layout would fit."""
     sizes = trial.job.model_config
     lacking = room.lacks(predict(sizes, trial.layout, load))
-    found = nearest_fit(sizes, trial.layout, load, room)
+    samples = trial.config.micro_batch_size
+    found = nearest_fit(sizes, trial.layout, load, room, samples)
     advice = "no layout of these ranks fits: use more of them, or a smaller model"
 
     if found:
-        flags = " ".join(flags_of(found, trial.layout, load.samples))
+        flags = " ".join(flags_of(found, trial.layout, samples))
         needed = found.memory.together if room.one_memory else found.memory.peak
         advice = f"the nearest layout that fits: {flags} ({needed / GIB:.1f} GiB)"
 

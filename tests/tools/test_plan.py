@@ -210,9 +210,9 @@ def test_speed_by_device(monkeypatch, capsys, tmp_path):
     for row in slow:
         assert row["samples_per_second"] == pytest.approx(2048 / sum(row["seconds"].values()))
 
-    # the network no slower than NVLink, and hidden: then splitting layers only costs
+    # the network no slower than NVLink, and hidden: then splitting layers pays less
     output.unlink()
     run_here(monkeypatch, *flags, "--network-bandwidth", 1000, "--overlap", 1)
     fast = json.loads(output.read_text())["layouts"]
-    assert fast[0]["tensor"] == 1 < slow[0]["tensor"]
+    assert fast[0]["tensor"] < slow[0]["tensor"]
     assert fast[0]["samples_per_second"] > slow[0]["samples_per_second"]

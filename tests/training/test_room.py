@@ -23,7 +23,7 @@ def nearest(layout: Layout, room: Room, samples: int = 32, sizes: ModelConfig = 
     """Return the flags to change, after checking that they make the run fit."""
     load = Load(samples)
     assert room.lacks(predict(sizes, layout, load))
-    found = nearest_fit(sizes, layout, load, room)
+    found = nearest_fit(sizes, layout, load, room, samples)
     if found is None:
         return ""
 
@@ -51,6 +51,25 @@ def test_the_nearest_layout_changes_least() -> None:
     flags = nearest(alone, on_a_cpu, samples=1, sizes=wide)
     assert flags == "--deepspeed-config zero3_nvme_optimizer --nvme-path FOLDER"
     assert nearest(alone, Room(0.01 * needed.peak)) == ""
+
+
+def test_offload_of_any_kind_can_be_refused() -> None:
+    """Take combinations that a JSON may have and that are not among those searched."""
+    for optimizer, parameters in (("none", "cpu"), ("nvme", "cpu"), ("cpu", "nvme")):
+        layout = Layout(4, half=True, zero_stage=3)
+        layout = dataclasses.replace(layout, optimizer_on=optimizer, parameters_on=parameters)
+        flags = nearest(layout, Room(1e9, host=2e9, disk=1e12))
+        assert not flags or "--micro-batch-size" in flags or "--deepspeed-config" in flags, flags
+
+
+def test_rows_that_are_not_samples() -> None:
+    """Check a micro-batch of 8 samples with 4 rows each, as retrieval has them."""
+    layout = Layout(2, half=True, zero_stage=3)
+    room = Room(1.2 * predict(LARGE, layout, Load(4)).peak)
+    found = nearest_fit(LARGE, layout, Load(32), Room(room.device), 8)
+    assert found is not None
+    assert 8 % found.samples == 0
+    assert not room.lacks(predict(LARGE, found.layout, Load(4 * found.samples)))
 
 
 def test_activations_that_are_too_large_make_smaller_micro_batches() -> None:
