@@ -38,6 +38,11 @@ class Layout:
     averaged: bool = False  # an exponential moving average of the weights is kept
     optimizer_on: str = ON_DEVICE  # where ZeRO keeps fp32 weights and moments
     parameters_on: str = ON_DEVICE
+    # parameters that DeepSpeed takes at once; its JSON may change them
+    bucket: int = BUCKET
+    sub_group: int = SUB_GROUP
+    live: int = LIVE
+    prefetch: int = PREFETCH
 
     @property
     def shares_nothing(self) -> bool:

@@ -11,13 +11,9 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.planning.activations import activations, kept_logits, logits_at_once
 from megatron_interbert.planning.layout import (
     ADAM,
-    BUCKET,
     FP32,
-    LIVE,
     ON_DEVICE,
     ON_DISK,
-    PREFETCH,
-    SUB_GROUP,
     Layout,
     Load,
     rank_parameters,
@@ -116,7 +112,7 @@ def held_alone(layout: Layout, parameters: int, table: float) -> Held:
     """Return what a rank holds if ranks share no training state."""
     weights = layout.element * parameters
     gradients = weights
-    buffers = layout.element * min(parameters, BUCKET) if layout.data > 1 else 0.0
+    buffers = layout.element * min(parameters, layout.bucket) if layout.data > 1 else 0.0
     copies = FP32 * parameters if layout.half else 0  # fp32 weights; in the step, fp32 gradients
 
     return Held(
@@ -133,9 +129,9 @@ def held_alone(layout: Layout, parameters: int, table: float) -> Held:
 def held_in_stage_3(layout: Layout, parameters: int) -> Held:
     """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step."""
     share = layout.element * parameters / layout.data
-    bucket = layout.element * min(parameters, BUCKET)
-    gathered = layout.element * min(parameters, LIVE)
-    received = layout.element * min(parameters, PREFETCH)
+    bucket = layout.element * min(parameters, layout.bucket)
+    gathered = layout.element * min(parameters, layout.live)
+    received = layout.element * min(parameters, layout.prefetch)
     kept = share + bucket  # gradients and their buffer
 
     return Held(
@@ -153,10 +149,10 @@ def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Hel
     """Return what a rank holds at ZeRO stages 1 and 2 (at 2 gradients are sharded too)."""
     whole = layout.element * parameters
     share = whole / layout.data
-    bucket = layout.element * min(parameters, BUCKET)
+    bucket = layout.element * min(parameters, layout.bucket)
     gradients = whole if layout.zero_stage == 1 else share
     # the gradients of a full bucket are joined while the next one is filled
-    joined = bucket if parameters > BUCKET else 0.0
+    joined = bucket if parameters > layout.bucket else 0.0
 
     return Held(
         weights=whole,
@@ -186,7 +182,7 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
         found = replace(found, host=found.host + FP32 * max(map(math.prod, shapes)))
 
     if layout.optimizer_on == ON_DISK:
-        at_once = SWAP_BUFFERS * FP32 * min(share, SUB_GROUP)
+        at_once = SWAP_BUFFERS * FP32 * min(share, layout.sub_group)
         return replace(found, host=found.host + at_once, disk=state)
 
     return replace(found, host=found.host + state)
@@ -206,7 +202,7 @@ def updated_bytes(layout: Layout, parameters: int) -> float:
     """Return the bytes of the gradients of the parameters that are updated at once: joined, and
     converted to fp32 if they are not.
     """
-    at_once = min(parameters, SUB_GROUP) / layout.data
+    at_once = min(parameters, layout.sub_group) / layout.data
     return at_once * (layout.element + FP32 if layout.half else layout.element)
 
 

@@ -14,11 +14,9 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens, forward_flops
 from megatron_interbert.planning.layout import (
     ADAM,
-    BUCKET,
     FP32,
     ON_DEVICE,
     ON_DISK,
-    SUB_GROUP,
     Layout,
     rank_parameters,
 )
@@ -178,7 +176,7 @@ def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine
     inside = layout.tensor * ranks <= machine.per_node
     bandwidth = machine.link_gb_s if inside else machine.network_gb_s
     parameters = rank_parameters(sizes, layout.tensor)
-    calls = math.ceil(parameters / BUCKET) + math.ceil(parameters / SUB_GROUP)
+    calls = math.ceil(parameters / layout.bucket) + math.ceil(parameters / layout.sub_group)
     given = data_traffic(sizes, layout, micro_batches)
     moved = sum(
         machine.seconds(operation, count, ranks, bandwidth)

@@ -11,7 +11,6 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens
 from megatron_interbert.planning.layout import (
     FP32,
-    LIVE,
     SUB_GROUP,
     Layout,
     Load,
@@ -127,7 +126,9 @@ def data_traffic(sizes: ModelConfig, layout: Layout, micro_batches: int) -> Traf
         found["all_gather", "data"] += layout.element * sum(shares_of_groups(sizes, layout))
     else:
         share = layout.element * sum(shares_of_parameters(sizes, layout))
-        again = max(0, parameters - LIVE) / parameters  # what was released after its forward pass
+        again = (
+            max(0, parameters - layout.live) / parameters
+        )  # what was released after its forward pass
         found["all_reduce", "data"] += 2 * FLOAT64  # the norm, and whether it is finite
         found["all_gather", "data"] += micro_batches * (1 + again) * share
         found["reduce_scatter", "data"] += micro_batches * layout.data * share

@@ -4,6 +4,7 @@ with these data.
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -22,6 +23,13 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import offload_blocks, read_deepspeed_config
 from megatron_interbert.training.model_plan import working_dtype
 
+# fields of a Layout by DeepSpeed's names
+AT_ONCE = {
+    "bucket": "reduce_bucket_size",
+    "sub_group": "sub_group_size",
+    "live": "stage3_max_live_parameters",
+    "prefetch": "stage3_prefetch_bucket_size",
+}
 USED = 0.8  # share of memory a step may take by prediction, which is accurate to 10 %
 AS_GOOD = 0.97  # rates from this share of the best one on count as equally good
 LONGEST_TRIAL = 20.0  # seconds of a pass beyond which no larger size is tried
@@ -29,8 +37,13 @@ LONGEST_TRIAL = 20.0  # seconds of a pass beyond which no larger size is tried
 
 def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) -> Layout:
     """Describe how a run trains, as input to predictions."""
-    blocks = offload_blocks(read_deepspeed_config(config))
+    settings = read_deepspeed_config(config)
+    blocks = offload_blocks(settings)
     places = {name: block.get("device", ON_DEVICE) for name, block in blocks.items()}
+    zero = settings.get("zero_optimization") or {}
+    given = {name: zero[key] for name, key in AT_ONCE.items() if is_number(zero.get(key))}
+    if config.zero_stage < 3:  # where groups are those of training/optimizer.py
+        given.pop("sub_group", None)
 
     return Layout(
         data=data_parallel_size,
@@ -44,7 +57,13 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
         averaged=config.ema_decay > 0,
         optimizer_on=places["offload_optimizer"],
         parameters_on=places["offload_param"],
+        **given,
     )
+
+
+def is_number(value: Any) -> bool:
+    """Check whether a setting of a DeepSpeed JSON is a number above 0, and not "auto"."""
+    return isinstance(value, (int, float)) and value > 0
 
 
 def load_of(batch: PackedBatch) -> Load:

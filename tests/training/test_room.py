@@ -8,9 +8,12 @@ import json
 import pytest
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.planning.layout import Layout, Load
+from megatron_interbert.config.training import RunConfig
+from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.planning.layout import PREFETCH, Layout, Load
 from megatron_interbert.planning.memory import predict
 from megatron_interbert.planning.search import Room, flags_of, nearest_fit
+from megatron_interbert.training.micro_batch import layout_of
 from tests.launching import ends, launch, pretrain, start_ranks
 from tests.sizes import MEASURABLE
 
@@ -60,6 +63,21 @@ def test_offload_of_any_kind_can_be_refused() -> None:
         layout = dataclasses.replace(layout, optimizer_on=optimizer, parameters_on=parameters)
         flags = nearest(layout, Room(1e9, host=2e9, disk=1e12))
         assert not flags or "--micro-batch-size" in flags or "--deepspeed-config" in flags, flags
+
+
+def test_what_deepspeeds_json_says_counts(tmp_path) -> None:
+    """Check that a run that gathers little at a time is not refused for what others gather."""
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "stage3_max_live_parameters": 1e7, "reduce_bucket_size": 1_000_000}
+    zero |= {"stage3_prefetch_bucket_size": "auto", "sub_group_size": 2_000_000}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    config = RunConfig(deepspeed_config=str(file), zero_stage=3, bf16=True, micro_batch_size=1)
+    layout = layout_of(config, 4, Kernels())
+    assert (layout.live, layout.bucket, layout.sub_group) == (1e7, 1_000_000, 2_000_000)
+    assert layout.prefetch == PREFETCH
+
+    usual = predict(LARGE, Layout(4, zero_stage=3, half=True), Load(1)).peak
+    assert predict(LARGE, layout, Load(1)).peak < 0.75 * usual
 
 
 def test_rows_that_are_not_samples() -> None:
