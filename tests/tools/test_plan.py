@@ -138,6 +138,29 @@ def test_the_best_layout_as_files_that_a_run_takes(monkeypatch, capsys, tmp_path
     assert rows | {"fused": True} == {name: best[name] for name in rows}
 
 
+def test_the_launcher_of_10_b_has_the_best_layout(monkeypatch, tmp_path):
+    """Compare the flags of launchers/pretrain_10b.sbatch with the planner's first row, and check
+    that the file hands them on as Slurm would.
+    """
+    flags = ("--model", "m6-10b-dense", "--gpus", 512, "--device", "h100")
+    flags = (*flags, "--global-batch-size", 8192, "--output", tmp_path / "p.json")
+    run_here(monkeypatch, *flags)
+    best = json.loads((tmp_path / "p.json").read_text())["layouts"][0]
+
+    code, _, err = launch("bash", "launchers/pretrain_10b.sbatch", "--data-path", "DATA")
+    assert code == 2
+    words = err.split("megatron_interbert.pretrain ")[1].split()
+    config = parse(RunConfig, "", words)
+    config.check()
+    assert config.model == "m6-10b-dense"
+    assert config.data_path == "DATA"
+    assert config.global_batch_size == 8192
+    assert config.micro_batch_size == best["micro_batch_size"]
+    layout = layout_of(config, 512 // config.tensor_model_parallel_size, Kernels())
+    names = ("data", "tensor", "zero_stage", "half", "recompute", "sequence_parallel")
+    assert {name: best[name] for name in names} == {name: getattr(layout, name) for name in names}
+
+
 def test_what_does_not_divide_is_said(monkeypatch, capsys):
     run_here(monkeypatch, "--gpus", 15)
     out = capsys.readouterr().out
