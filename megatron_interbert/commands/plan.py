@@ -142,6 +142,8 @@ class Options(Flags):
                 f"--reserve is {self.reserve}, expected a share of the memory from 0 up to 1, such"
                 " as 0.1"
             )
+        if self.nvme_space and not self.host_memory:
+            raise UsageError("--nvme-space needs --host-memory, through which all data pass")
         if self.search and not self.device:
             raise UsageError("--search needs --device, by whose speed it chooses")
 
@@ -244,7 +246,9 @@ def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options)
     lines = []
 
     for row in rows:
-        samples = f"{row.fit.samples}+" if row.fit.samples == MOST else row.fit.samples
+        limited = options.micro_batch_size or options.global_batch_size
+        plus = "+" if row.fit.samples == MOST and not limited else ""
+        samples = f"{row.fit.samples}{plus}"
         cells = [f"{getattr(row.fit.memory, name) / GIB:.2f}" for name in MEMORY]
         if row.time:
             parts = (f"{getattr(row.time, name):.3f}" for name in TIME)

@@ -35,6 +35,7 @@ class Layout:
     recompute: bool = False
     sequence_parallel: bool = False
     loss_scale: bool = False  # fp16
+    accumulates: bool = False  # a step has several micro-batches
     averaged: bool = False  # an exponential moving average of the weights is kept
     optimizer_on: str = ON_DEVICE  # where ZeRO keeps fp32 weights and moments
     parameters_on: str = ON_DEVICE
@@ -76,11 +77,20 @@ class Load:
     longest_words: int = 0  # 0: as the mean
     longest_regions: int = 0
     masked: float = 0.15
+    # predicted words and regions per sample, where they are known
+    word_targets: float | None = None
+    region_targets: float | None = None
 
 
 def targets_of(load: Load) -> tuple[float, float]:
     """Return how many words and regions of a sample are predicted, on average."""
-    return max(1.0, load.masked * load.words), max(1.0, load.masked * load.regions) / 2
+    words = max(1.0, load.masked * load.words)
+    regions = max(1.0, load.masked * load.regions) / 2
+
+    return (
+        words if load.word_targets is None else load.word_targets,
+        regions if load.region_targets is None else load.region_targets,
+    )
 
 
 @functools.cache

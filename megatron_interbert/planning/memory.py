@@ -18,6 +18,7 @@ from megatron_interbert.planning.layout import (
     Load,
     rank_parameters,
     rank_shapes,
+    targets_of,
 )
 
 # pinned memory that DeepSpeed keeps for reading and writing: groups of the update, and elements of
@@ -68,12 +69,14 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     """Predict the memory of a training step (from the second one on, when the moments exist).
 
     The peak is at one of three times: when the backward pass begins and holds all activations, when
-    it ends and holds all gradients, or when these are converted for the optimizer. The step has one
-    micro-batch: with gradient accumulation, gradients of earlier ones are held during later passes.
+    it ends and holds all gradients, or when these are converted for the optimizer. With several
+    micro-batches the gradients of earlier ones are held when a later pass begins.
     """
     parameters = rank_parameters(sizes, layout.tensor)
     # the vocabulary table has two gradients: the decoder's and the embedding's
     table = layout.element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor
+    if not targets_of(load)[0]:  # a task without word losses
+        table = 0.0
 
     if layout.shares_nothing:
         held = held_alone(layout, parameters, table)
@@ -81,6 +84,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         held = held_in_stage_3(layout, parameters)
     else:
         held = held_in_stages_1_and_2(layout, parameters, table)
+    if layout.accumulates and (layout.zero_stage < 3 or layout.shares_nothing):
+        held = replace(held, begin=held.begin + held.gradients)
     if layout.averaged:
         average = FP32 * parameters / (1 if layout.zero_stage == 0 else layout.data)
         held = replace(held, optimizer=held.optimizer + average)

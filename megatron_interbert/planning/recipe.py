@@ -17,7 +17,7 @@ def settings_of(model: str, found: Fit, engine: Path) -> dict[str, Any]:
     """Return the flags of a run in a layout, by name."""
     layout = found.layout
     settings = {
-        "model": model,
+        "model": str(Path(model).absolute()) if Path(model).is_file() else model,
         "tensor-model-parallel-size": layout.tensor,
         "sequence-parallel": layout.sequence_parallel,
         "recompute-activations": layout.recompute,

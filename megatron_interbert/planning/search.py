@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 from megatron_interbert.config.model import ModelConfig
@@ -126,7 +126,7 @@ def refused_tensors(sizes: ModelConfig, ranks: int) -> Iterator[tuple[int, str]]
 
 
 def is_sensible(layout: Layout) -> bool:
-    """Check whether a layout can be run, and does not only cost what a simpler one does not."""
+    """Check whether a layout can be run, and saves something that a simpler one does not."""
     if layout.sequence_parallel and layout.tensor == 1:
         return False
     if layout.zero_stage == 0 and layout.half:
@@ -140,22 +140,20 @@ def is_sensible(layout: Layout) -> bool:
 
 def fit(sizes: ModelConfig, layout: Layout, wanted: Batches, room: Room) -> Fit | str:
     """Return a layout with its micro-batch and memory; or in words why it is left out."""
-    share = wanted.global_batch / layout.data
-    if share != int(share):
+    share, rest = divmod(wanted.global_batch, layout.data)
+    if rest:
         return (
             f"a global batch of {wanted.global_batch} is not a multiple of {layout.data}"
             " data-parallel ranks"
         )
 
-    most = int(share) or MOST
-    samples = wanted.micro_batch
-    if samples and share and most % samples:
-        return f"{samples} samples do not divide a rank's share of {most}"
+    if wanted.micro_batch and share % wanted.micro_batch:
+        return f"{wanted.micro_batch} samples do not divide a rank's share of {share}"
 
-    if not samples:
-        samples = most_samples(sizes, layout, wanted.sample, room, most)
-        if share:  # it must divide the share
-            samples = max((n for n in range(1, samples + 1) if most % n == 0), default=0)
+    samples = micro_batch_of(sizes, layout, wanted, room, share)
+    if samples < share:  # gradients of several micro-batches are held: fewer samples may fit
+        layout = replace(layout, accumulates=True)
+        samples = micro_batch_of(sizes, layout, wanted, room, share)
 
     load = replace(wanted.sample, samples=max(samples, 1))
     memory = predict(sizes, layout, load)
@@ -163,16 +161,21 @@ def fit(sizes: ModelConfig, layout: Layout, wanted: Batches, room: Room) -> Fit 
         plural = "s take" if load.samples > 1 else " takes"
         return f"{load.samples} sample{plural} {lacking}"
 
-    return Fit(layout, samples, max(1, most // samples) if share else 1, memory)
+    return Fit(layout, samples, max(1, share // samples), memory)
 
 
-def most_samples(sizes: ModelConfig, layout: Layout, sample: Load, room: Room, most: int) -> int:
-    """Return the most samples of a micro-batch, up to `most`, that fit; 0 if none do."""
-    device = room.device
-    if room.one_memory:
-        device -= predict(sizes, layout, sample).host
+def micro_batch_of(
+    sizes: ModelConfig, layout: Layout, wanted: Batches, room: Room, share: int
+) -> int:
+    """Return the micro-batch that is wanted, or the largest that fits and divides a rank's `share`
+    of the global batch (0: there is none); 0 if not one sample fits.
+    """
+    if wanted.micro_batch:
+        return wanted.micro_batch
 
-    return largest_micro_batch(sizes, layout, sample, device, most)
+    most = largest_micro_batch(sizes, layout, wanted.sample, room.device, share or MOST)
+
+    return next((n for n in range(most, 0, -1) if share % n == 0), 0)
 
 
 def nearest_fit(
@@ -186,19 +189,34 @@ def nearest_fit(
     micro_batches = [n for n in range(micro_batch, 0, -1) if micro_batch % n == 0]
     candidates = [
         (distance(layout, other) + 2 * math.log2(micro_batch / samples), other, samples)
-        for other in layouts(sizes, layout, layout.data * layout.tensor)
+        for other in nearby_layouts(sizes, layout)
         if is_nearby(layout, other)
         for samples in micro_batches
     ]
 
     for _, other, samples in sorted(candidates, key=lambda one: one[0]):
         rows = max(1, load.samples * samples // micro_batch)
+        more = layout.data * micro_batch > other.data * samples
+        other = replace(other, accumulates=layout.accumulates or more)
         memory = predict(sizes, other, replace(load, samples=rows))
         if not room.lacks(memory):
             steps = layout.data * micro_batch // (other.data * samples) or 1
             return Fit(other, samples, steps, memory)
 
     return None
+
+
+def nearby_layouts(sizes: ModelConfig, layout: Layout) -> Iterator[Layout]:
+    """Yield a layout itself, also where `layouts` would not list it, and all others of its ranks;
+    those that want another JSON take the numbers of the shipped ones.
+    """
+    yield layout
+    yield replace(layout, recompute=True)
+    usual = Layout()
+    shipped = {name: getattr(usual, name) for name in ("bucket", "sub_group", "live", "prefetch")}
+
+    for other in layouts(sizes, layout, layout.data * layout.tensor):
+        yield other if places(other) == places(layout) else replace(other, **shipped)
 
 
 def is_nearby(layout: Layout, other: Layout) -> bool:
@@ -234,8 +252,10 @@ def distance(layout: Layout, other: Layout) -> float:
     )
 
 
-def flags_of(found: Fit, before: Layout, samples: int) -> list[str]:
-    """Return the flags by which a training run changes from a layout and its micro-batch."""
+def flags_of(found: Fit, before: Layout, samples: int, given: Container[str] = ()) -> list[str]:
+    """Return the flags by which a training run changes from a layout and its micro-batch; `given`:
+    the names of those that the run was started with.
+    """
     layout = found.layout
     flags = []
 
@@ -243,7 +263,8 @@ def flags_of(found: Fit, before: Layout, samples: int) -> list[str]:
         flags += ["--tensor-model-parallel-size", str(layout.tensor)]
     if layout.sequence_parallel != before.sequence_parallel:
         flags.append("--sequence-parallel")
-    if layout.zero_stage != before.zero_stage and not layout.offloads:  # else the JSON says it
+    by_json = places(layout) != places(before) and "zero_stage" not in given
+    if layout.zero_stage != before.zero_stage and not by_json:
         flags += ["--zero-stage", str(layout.zero_stage)]
     if layout.recompute != before.recompute:
         flags.append("--recompute-activations")

@@ -217,6 +217,12 @@ def offload_blocks(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def zero_settings(values: dict[str, Any]) -> DeepSpeedZeroConfig:
+    """Return the block on ZeRO as DeepSpeed reads it, without the stage, which a flag may set."""
+    block = _without_auto(_get(values, "zero_optimization") or {})
+    return DeepSpeedZeroConfig(**{key: value for key, value in block.items() if key != "stage"})
+
+
 def check_offload(config: TrainConfig, values: dict[str, Any]) -> None:
     """Raise UsageError for offload that the ZeRO stage does not have, or to an NVMe disk without
     its folder; `"nvme_path": "auto"` becomes --nvme-path.

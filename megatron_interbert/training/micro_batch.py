@@ -4,7 +4,7 @@ with these data.
 
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import torch
 
@@ -20,15 +20,19 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import ON_DEVICE, Layout, Load
 from megatron_interbert.planning.memory import Memory, predict
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.training.deepspeed_config import offload_blocks, read_deepspeed_config
+from megatron_interbert.training.deepspeed_config import (
+    offload_blocks,
+    read_deepspeed_config,
+    zero_settings,
+)
 from megatron_interbert.training.model_plan import working_dtype
 
-# fields of a Layout by DeepSpeed's names
+# fields of a Layout by those of DeepSpeed's own model of its JSON
 AT_ONCE = {
     "bucket": "reduce_bucket_size",
     "sub_group": "sub_group_size",
-    "live": "stage3_max_live_parameters",
-    "prefetch": "stage3_prefetch_bucket_size",
+    "live": "max_live_parameters",
+    "prefetch": "prefetch_bucket_size",
 }
 USED = 0.8  # share of memory a step may take by prediction, which is accurate to 10 %
 AS_GOOD = 0.97  # rates from this share of the best one on count as equally good
@@ -40,8 +44,9 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
     settings = read_deepspeed_config(config)
     blocks = offload_blocks(settings)
     places = {name: block.get("device", ON_DEVICE) for name, block in blocks.items()}
-    zero = settings.get("zero_optimization") or {}
-    given = {name: zero[key] for name, key in AT_ONCE.items() if is_number(zero.get(key))}
+    zero = zero_settings(settings)
+    said = {name: key for name, key in AT_ONCE.items() if key in zero.model_fields_set}
+    given = {name: getattr(zero, key) for name, key in said.items()}
     if config.zero_stage < 3:  # where groups are those of training/optimizer.py
         given.pop("sub_group", None)
 
@@ -54,16 +59,12 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
         recompute=config.recompute_activations,
         sequence_parallel=config.sequence_parallel,
         loss_scale=config.fp16,
+        accumulates=config.global_batch_size > max(config.micro_batch_size, 0) * data_parallel_size,
         averaged=config.ema_decay > 0,
         optimizer_on=places["offload_optimizer"],
         parameters_on=places["offload_param"],
         **given,
     )
-
-
-def is_number(value: Any) -> bool:
-    """Check whether a setting of a DeepSpeed JSON is a number above 0, and not "auto"."""
-    return isinstance(value, (int, float)) and value > 0
 
 
 def load_of(batch: PackedBatch) -> Load:
@@ -75,6 +76,8 @@ def load_of(batch: PackedBatch) -> Load:
         len(batch.features) / rows,
         batch.max_text,
         max(batch.max_image - 1, 0),
+        word_targets=len(batch.msm_positions) / rows,
+        region_targets=len(batch.mrm_positions) / rows,
     )
 
 
@@ -109,7 +112,9 @@ class Trial:
 
     def fits(self, batch: PackedBatch, room: float) -> bool:
         """Check whether such a step is predicted to fit in `room` bytes on every rank."""
-        memory = predict(self.job.model_config, self.layout, load_of(batch))
+        more = self.config.global_batch_size > len(batch) * self.state.data_size
+        layout = replace(self.layout, accumulates=more)
+        memory = predict(self.job.model_config, layout, load_of(batch))
         return all(self.state.gather(needed_on(self.device, memory) <= room))
 
     def seconds(self, model: InterBert, batch: PackedBatch) -> float | None:

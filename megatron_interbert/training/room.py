@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.machines.host import free_memory, free_swap
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.planning.layout import Load
@@ -14,11 +14,14 @@ ERROR = 0.15  # the prediction's: what is predicted to exceed the room by less m
 
 
 def check_memory(trial: Trial) -> None:
-    """Raise UsageError on all ranks if the first micro-batch of one is predicted to need more than
-    there is; it names the layout nearest to this one that fits. Call it on all ranks.
+    """Raise UsageError on all ranks if the micro-batch of one, of its first samples, is predicted
+    to need more than there is; it names the layout nearest to this one that fits.
+
+    Call it on all ranks.
     """
     state = trial.state
-    load = load_of(trial.batch(trial.config.micro_batch_size))
+    with local_errors():
+        load = load_of(trial.batch(trial.config.micro_batch_size))
     room = room_of(trial)
     memory = predict(trial.job.model_config, trial.layout, load)
     possible = replace(room, device=room.device * (1 + ERROR), host=room.host * (1 + ERROR))
@@ -36,12 +39,17 @@ def refusal(trial: Trial, rank: int, load: Load, room: Room) -> str:
     """Say what a rank lacks, and which layout would fit."""
     sizes = trial.job.model_config
     lacking = room.lacks(predict(sizes, trial.layout, load))
-    samples = trial.config.micro_batch_size
+    config = trial.config
+    samples = config.micro_batch_size
     found = nearest_fit(sizes, trial.layout, load, room, samples)
     advice = "no layout of these ranks fits: use more of them, or a smaller model"
 
     if found:
-        flags = " ".join(flags_of(found, trial.layout, samples))
+        flags = " ".join(flags_of(found, trial.layout, samples, config.given))
+        if found.samples != samples and "global_batch_size" not in config.given:
+            flags += f" --global-batch-size {config.global_batch_size}"
+        if config.deepspeed_config and ("--zero-stage" in flags or "--deepspeed-config" in flags):
+            flags += f" instead of --deepspeed-config {config.deepspeed_config}"
         needed = found.memory.together if room.one_memory else found.memory.peak
         advice = f"the nearest layout that fits: {flags} ({needed / GIB:.1f} GiB)"
 

@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import torch
+
 from megatron_interbert.config.options import AUTO
 from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.machines.host import give_back_memory
 from megatron_interbert.parallel.agreement import check_alike
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import merge
@@ -55,7 +58,7 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
         run.say(f"micro-batch size {before}, which the previous run chose, does not fit here")
 
     tried = plan
-    if config.zero_stage == 3:
+    if config.zero_stage == 3 and state.data_size > 1:
         tried = plan.shallow()
         run.say(f"trials take at most {TRIED_LAYERS} layers of each stack: no rank holds all")
 
@@ -66,6 +69,9 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
         lambda: run.watchdog.enter("start", 0),
     )
     config.settle("micro_batch_size", found, "a trial")
+    give_back_memory()  # of the trials: what is free is measured next
+    if run.device.type == "cuda":
+        torch.cuda.empty_cache()
     run.watchdog.enter("start", 0)
 
 

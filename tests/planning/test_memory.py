@@ -71,6 +71,7 @@ def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
             bf16=layout.half,
             zero_stage=layout.zero_stage,
             tensor_model_parallel_size=layout.tensor,
+            global_batch_size=samples * layout.data * (2 if layout.accumulates else 1),
         )
 
         kernels = choose_kernels(
@@ -89,6 +90,10 @@ def measure(layout, state, sizes=SIZES, samples=SAMPLES, steps=2):
         for _ in range(steps):
             with record_function("batch"):
                 batch = pack(examples, sizes.feature_dim)
+                if layout.accumulates:
+                    earlier = task.loss(engine.forward(batch), batch, batch.target_counts())[0]
+                    engine.backward(earlier, last=False)
+                    del earlier
             with record_function("forward"):
                 loss = task.loss(engine.forward(batch), batch, batch.target_counts())[0]
             with record_function("backward"):
@@ -145,6 +150,7 @@ def test_two_data_parallel_ranks():
 
 def check_data_parallel():
     layouts = [Layout(data=2, zero_stage=stage) for stage in range(4)]
+    layouts += [Layout(data=2, zero_stage=stage, accumulates=True) for stage in (0, 1, 2)]
     check([*layouts, *(Layout(data=2, zero_stage=stage, half=True) for stage in (1, 3))])
 
 

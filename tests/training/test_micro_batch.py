@@ -170,7 +170,7 @@ def test_at_stage_3_no_rank_holds_the_whole(tmp_path):
     (tmp_path / "deep.json").write_text(json.dumps(sizes))
     flags = ("--model", tmp_path / "deep.json", "--data-path", store, "--train-iters", 1)
     flags = (*flags, "--zero-stage", 3, "--global-batch-size", 8, "--micro-batch-size", "auto")
-    code, out, err = launch(*pretrain(*flags))
+    code, out, err = train(2, *flags, "--data-partitions", 4)
     assert code == 0, out + err
     assert "trials take at most 2 layers of each stack: no rank holds all" in out
     assert "per rank, by trial (samples/s" in out

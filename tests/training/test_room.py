@@ -61,8 +61,19 @@ def test_offload_of_any_kind_can_be_refused() -> None:
     for optimizer, parameters in (("none", "cpu"), ("nvme", "cpu"), ("cpu", "nvme")):
         layout = Layout(4, half=True, zero_stage=3)
         layout = dataclasses.replace(layout, optimizer_on=optimizer, parameters_on=parameters)
-        flags = nearest(layout, Room(1e9, host=2e9, disk=1e12))
-        assert not flags or "--micro-batch-size" in flags or "--deepspeed-config" in flags, flags
+        room = Room(predict(LARGE, layout, Load(8)).peak, host=1e12, disk=1e12)
+        flags = nearest(layout, room, samples=256)
+        assert flags.startswith(("--recompute-activations", "--micro-batch-size")), flags
+        assert "--deepspeed-config" not in flags, "what it has is enough"
+
+
+def test_the_same_layout_with_fewer_samples() -> None:
+    """Check that layouts that a search does not list are their own neighbours."""
+    for stage in (2, 3):
+        layout = Layout(half=True, zero_stage=stage)
+        room = Room(predict(LARGE, layout, Load(64)).peak)
+        flags = nearest(layout, room, samples=512)
+        assert flags.startswith(("--recompute-activations", "--micro-batch-size")), flags
 
 
 def test_what_deepspeeds_json_says_counts(tmp_path) -> None:
