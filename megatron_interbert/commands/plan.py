@@ -41,6 +41,7 @@ from megatron_interbert.planning.search import (
 from megatron_interbert.planning.timing import MACHINES, Machine, StepTime, step_time
 from megatron_interbert.planning.traffic import expected_tokens
 
+LAYOUT = ("data", "tensor", "sequence", "ZeRO", "recompute", "offload")
 TIME = ("compute", "tensor", "data", "update", "offload")
 MEMORY = ("weights", "optimizer", "gradients", "buffers", "activations", "peak", "host")
 PLACES = {"none": "no", "cpu": "host", "nvme": "disk"}
@@ -233,9 +234,6 @@ def describe(layout: Layout) -> tuple[Any, ...]:
         "yes" if layout.recompute else "no",
         places,
     )
-
-
-LAYOUT = ("data", "tensor", "sequence", "ZeRO", "recompute", "offload")
 
 
 def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options) -> list[str]:

@@ -84,8 +84,6 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         held = held_in_stage_3(layout, parameters)
     else:
         held = held_in_stages_1_and_2(layout, parameters, table)
-    if layout.accumulates and (layout.zero_stage < 3 or layout.shares_nothing):
-        held = replace(held, begin=held.begin + held.gradients)
     if layout.averaged:
         average = FP32 * parameters / (1 if layout.zero_stage == 0 else layout.data)
         held = replace(held, optimizer=held.optimizer + average)
@@ -125,7 +123,7 @@ def held_alone(layout: Layout, parameters: int, table: float) -> Held:
         optimizer=copies + ADAM * parameters,
         gradients=gradients,
         buffers=buffers,
-        begin=0.0,
+        begin=gradients if layout.accumulates else 0.0,
         end=gradients + max(buffers, table),
         step=gradients + copies,
     )
@@ -164,7 +162,7 @@ def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Hel
         optimizer=(FP32 + ADAM) * parameters / layout.data,
         gradients=gradients,
         buffers=bucket + joined,
-        begin=bucket + joined,
+        begin=bucket + joined + (gradients if layout.accumulates else 0.0),
         end=gradients + bucket + joined + table * (layout.zero_stage == 1),
         step=gradients + updated_bytes(layout, parameters),
     )
@@ -178,7 +176,7 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     share = rank_parameters(sizes, layout.tensor) / layout.data
     passed = layout.element * share  # gradients at stage 3, weights below, on their way
     state = (2 * FP32 + ADAM) * share  # with the gradients of the update
-    average = FP32 * share if layout.averaged else 0.0
+    average = held.optimizer - (FP32 + ADAM) * share  # of the weights, if one is kept
     found = replace(held, optimizer=0.0, step=0.0, host=passed + average)
 
     if layout.zero_stage == 3:

@@ -40,7 +40,7 @@ class Room:
     disk: float = 0.0
     one_memory: bool = False
 
-    def lacks(self, memory: Memory) -> str:
+    def shortage(self, memory: Memory) -> str:
         """Return what does not fit, and its largest part; nothing if all does."""
         needed = memory.together if self.one_memory else memory.peak
         if needed > self.device:
@@ -84,7 +84,8 @@ def layouts(sizes: ModelConfig, like: Layout, ranks: int) -> Iterator[Layout]:
     first; those with offload come last.
     """
     most = min(ranks, sizes.num_attention_heads)  # each rank needs a head
-    tensors = [size for size in range(1, most + 1) if ranks % size == 0 and divides(sizes, size)]
+    refused = dict(refused_tensors(sizes, ranks))
+    tensors = [n for n in range(1, most + 1) if ranks % n == 0 and n not in refused]
     stages = (0, 1, 2, 3)
 
     for (optimizer, parameters), recompute, tensor, stage, split in itertools.product(
@@ -103,16 +104,6 @@ def layouts(sizes: ModelConfig, like: Layout, ranks: int) -> Iterator[Layout]:
         )
         if is_sensible(found):
             yield found
-
-
-def divides(sizes: ModelConfig, tensor: int) -> bool:
-    """Check whether so many tensor-parallel ranks can share the layers."""
-    try:
-        sizes.check_tensor_parallel(tensor)
-    except UsageError:
-        return False
-
-    return True
 
 
 def refused_tensors(sizes: ModelConfig, ranks: int) -> Iterator[tuple[int, str]]:
@@ -157,7 +148,7 @@ def fit(sizes: ModelConfig, layout: Layout, wanted: Batches, room: Room) -> Fit 
 
     load = replace(wanted.sample, samples=max(samples, 1))
     memory = predict(sizes, layout, load)
-    if lacking := room.lacks(memory):
+    if lacking := room.shortage(memory):
         plural = "s take" if load.samples > 1 else " takes"
         return f"{load.samples} sample{plural} {lacking}"
 
@@ -199,7 +190,7 @@ def nearest_fit(
         more = layout.data * micro_batch > other.data * samples
         other = replace(other, accumulates=layout.accumulates or more)
         memory = predict(sizes, other, replace(load, samples=rows))
-        if not room.lacks(memory):
+        if not room.shortage(memory):
             steps = layout.data * micro_batch // (other.data * samples) or 1
             return Fit(other, samples, steps, memory)
 

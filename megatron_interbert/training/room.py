@@ -25,8 +25,8 @@ def check_memory(trial: Trial) -> None:
     room = room_of(trial)
     memory = predict(trial.job.model_config, trial.layout, load)
     possible = replace(room, device=room.device * (1 + ERROR), host=room.host * (1 + ERROR))
-    everywhere = state.gather((bool(possible.lacks(memory)), load, room))
-    short = [rank for rank, (lacks, _, _) in enumerate(everywhere) if lacks]
+    everywhere = state.gather((bool(possible.shortage(memory)), load, room))
+    short = [rank for rank, (short_of, _, _) in enumerate(everywhere) if short_of]
     if not short:
         return
 
@@ -38,7 +38,7 @@ def check_memory(trial: Trial) -> None:
 def refusal(trial: Trial, rank: int, load: Load, room: Room) -> str:
     """Say what a rank lacks, and which layout would fit."""
     sizes = trial.job.model_config
-    lacking = room.lacks(predict(sizes, trial.layout, load))
+    lacking = room.shortage(predict(sizes, trial.layout, load))
     config = trial.config
     samples = config.micro_batch_size
     found = nearest_fit(sizes, trial.layout, load, room, samples)

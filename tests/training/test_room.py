@@ -25,12 +25,12 @@ HUGE = {"hidden_size": 16384, "ffn_hidden_size": 65536, "num_attention_heads": 3
 def nearest(layout: Layout, room: Room, samples: int = 32, sizes: ModelConfig = LARGE) -> str:
     """Return the flags to change, after checking that they make the run fit."""
     load = Load(samples)
-    assert room.lacks(predict(sizes, layout, load))
+    assert room.shortage(predict(sizes, layout, load))
     found = nearest_fit(sizes, layout, load, room, samples)
     if found is None:
         return ""
 
-    assert not room.lacks(
+    assert not room.shortage(
         predict(sizes, found.layout, dataclasses.replace(load, samples=found.samples))
     )
     assert found.samples * found.steps * found.layout.data == samples * layout.data
@@ -98,7 +98,7 @@ def test_rows_that_are_not_samples() -> None:
     found = nearest_fit(LARGE, layout, Load(32), Room(room.device), 8)
     assert found is not None
     assert 8 % found.samples == 0
-    assert not room.lacks(predict(LARGE, found.layout, Load(4 * found.samples)))
+    assert not room.shortage(predict(LARGE, found.layout, Load(4 * found.samples)))
 
 
 def test_activations_that_are_too_large_make_smaller_micro_batches() -> None:

@@ -231,15 +231,7 @@ def test_a_disk_that_others_fill(store: Path, disk: Path, tmp_path: Path) -> Non
     """Fill the disk once the run has found room on it: one line, and nothing stays there."""
     sizes = {**dataclasses.asdict(MEASURABLE), "vocab_size": 0, "feature_dim": 0, "num_classes": 0}
     (tmp_path / "sizes.json").write_text(json.dumps(sizes))
-    flags = (
-        "--data-path",
-        store,
-        "--model",
-        tmp_path / "sizes.json",
-        "--bf16",
-        "--save-interval",
-        5,
-    )
+    flags = ("--data-path", store, "--model", tmp_path / "sizes.json", "--bf16")
     flags = (*flags, "--deepspeed-config", "zero3_nvme_optimizer", "--nvme-path", disk)
     run = start(*pretrain(*flags, "--micro-batch-size", 2, "--train-iters", 10))
     until(lambda: list(disk.glob("interbert-swap-*")), "the run's swap folder")

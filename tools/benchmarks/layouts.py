@@ -27,6 +27,7 @@ from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.machines.processes import aligned, start_processes
 from megatron_interbert.model.flops import Tokens, training_flops
 from megatron_interbert.model.interbert import PRETRAINING_HEADS
+from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import Layout
@@ -47,7 +48,6 @@ from megatron_interbert.training.model_plan import ModelPlan, build_model
 from megatron_interbert.virtual.samples import random_examples
 from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.options import BenchmarkOptions
-from tools.benchmarks.train import free_port
 
 LENGTHS = (1 << 12, 1 << 23)  # elements of the collectives
 ADDED = 20_000_000  # elements of two tensors that are added, to measure memory
@@ -59,7 +59,7 @@ class Options(BenchmarkOptions):
     """Measure how far predicted step times of layouts are from measured ones."""
 
     model: str = option("base", "preset or JSON file of sizes", group="model")
-    ranks: int = option(2, "processes", least=1)
+    ranks: int = option(2, "processes", least=2)
     batch: int = option(16, "samples of a rank's micro-batch", least=1)
     steps: int = option(5, "measured steps of each layout", least=1)
 
@@ -170,22 +170,10 @@ def describe_machine(options: Options, sizes: ModelConfig) -> Machine:
         image_layers=(sizes.image_layers + 1) // 2,
     )
     step = Step(RunConfig(micro_batch_size=options.batch), half, options, alone=True)
-    computed = slowest(lambda: step.passes(), options.steps)
+    computed = slowest(step.passes, options.steps)
     flops = training_flops(half, step.batch)
     memory = ADDED_BYTES * ADDED / slowest(addition(), options.steps)
     others = other_bytes(half, Layout(), Tokens.of(step.batch)) / memory
-
-    machine = Machine(
-        tflops=flops / max(computed - others, 0.1 * computed) / 1e12,
-        memory_gib=0.0,
-        memory_gb_s=memory / 1e9,
-        link_gb_s=0.0,
-        network_gb_s=0.0,
-        per_node=options.ranks,
-        efficiency=1.0,
-    )
-    if options.ranks == 1:
-        return dataclasses.replace(machine, link_gb_s=1.0, latency=0.0)
 
     short, long = (one_collective("all_reduce", n, options) for n in LENGTHS)
     ring = [ring_seconds("all_reduce", 4 * n, options.ranks, 1.0) for n in LENGTHS]
@@ -196,10 +184,14 @@ def describe_machine(options: Options, sizes: ModelConfig) -> Machine:
         given = 4 * LENGTHS[1] // (options.ranks if operation == "all_gather" else 1)
         slower[f"{operation}_slower"] = taken / ring_seconds(operation, given, options.ranks, link)
 
-    return dataclasses.replace(
-        machine,
+    return Machine(
+        tflops=flops / max(computed - others, 0.1 * computed) / 1e12,
+        memory_gib=0.0,
+        memory_gb_s=memory / 1e9,
         link_gb_s=link,
         network_gb_s=link,
+        per_node=options.ranks,
+        efficiency=1.0,
         latency=max(short - ring[0] / link, 0.0) / hops(options.ranks),
         **slower,
     )
