@@ -37,6 +37,7 @@ class Layout:
     loss_scale: bool = False  # fp16
     accumulates: bool = False  # a step has several micro-batches
     averaged: bool = False  # an exponential moving average of the weights is kept
+    copied: int = 0  # bytes of a parameter in the copy that evaluations need; 0: there is none
     optimizer_on: str = ON_DEVICE  # where ZeRO keeps fp32 weights and moments
     parameters_on: str = ON_DEVICE
     # parameters that DeepSpeed takes at once; its JSON may change them

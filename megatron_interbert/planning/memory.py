@@ -91,13 +91,16 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         held = offload_optimizer(held, layout, sizes)
     if layout.parameters_on != ON_DEVICE:
         held = offload_parameters(held, layout)
+    if layout.copied:
+        held = copy_weights(held, layout, parameters)
 
     kept, again = activations(sizes, layout, load)
     # the fused kernel writes the gradient over the logits
     each = layout.element if layout.fused else 2 * FP32
     logits = each * logits_at_once(sizes, layout, load) - kept_logits(sizes, layout, load)
     begin = held.begin + kept + max(again, logits + table)
-    peak = held.weights + held.optimizer + max(begin, held.end + again, held.step)
+    evaluating = held.gradients + held.buffers + gathered_to_evaluate(layout, parameters)
+    peak = held.weights + held.optimizer + max(begin, held.end + again, held.step, evaluating)
 
     return Memory(
         held.weights,
@@ -199,6 +202,28 @@ def offload_parameters(held: Held, layout: Layout) -> Held:
         return replace(found, host=held.host + at_once, disk=held.disk + held.weights)
 
     return replace(found, host=held.host + held.weights)
+
+
+def copy_weights(held: Held, layout: Layout, parameters: int) -> Held:
+    """Return what a rank holds with a copy of the weights to evaluate: all of them or, where ranks
+    share the weights, its part, beside its part of the weights.
+    """
+    copy = layout.copied * parameters
+    if layout.shares_nothing or layout.zero_stage < 3:
+        return replace(held, weights=held.weights + copy)
+
+    part = copy / layout.data
+    if layout.parameters_on == ON_DEVICE:
+        return replace(held, weights=held.weights + part)
+
+    return replace(held, host=held.host + part)
+
+
+def gathered_to_evaluate(layout: Layout, parameters: int) -> float:
+    """Return the bytes that are gathered at once of a copy that ranks share."""
+    if layout.shares_nothing or layout.zero_stage < 3:
+        return 0.0
+    return layout.copied * min(parameters, layout.live)
 
 
 def updated_bytes(layout: Layout, parameters: int) -> float:

@@ -33,6 +33,11 @@ class Precision:
         because = f"; {self.reason}" if self.reason else ""
         return f"{self.name} ({MEANING[self.name]}{because})"
 
+    @property
+    def bytes(self) -> int:
+        """Return the bytes of a weight in this precision."""
+        return 2 if self.name == "bf16" else 4
+
     def convert(self, model: nn.Module) -> nn.Module:
         """Convert the weights of a model to this precision, in place, and return the model.
 

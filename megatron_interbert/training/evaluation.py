@@ -9,12 +9,11 @@ import torch
 
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.machines.watchdog import Watchdog
-from megatron_interbert.model.construction import give_memory
-from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.precision import Precision
 from megatron_interbert.tasks.task import Evaluate, Task
 from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.evaluation_copy import Copy
 from megatron_interbert.training.fragments import FragmentedState
 
 
@@ -86,22 +85,15 @@ class DownstreamEvaluation:
     """Measure a task's own metrics on a copy of the model, which takes the averaged weights if the
     run keeps them, else the current ones.
 
-    Every data-parallel rank holds the whole copy (its tensor-parallel slice), whatever the ZeRO
-    stage, and computes in `precision`, which may differ from training. An evaluation cannot be
+    The copy is in `precision`, which may differ from that of training. An evaluation cannot be
     abandoned half-way: the ranks share its work unevenly and have no common point at which to vote.
     """
 
     def __init__(
-        self,
-        copy: InterBert,
-        evaluate: Evaluate,
-        state: ParallelState,
-        device: torch.device,
-        precision: Precision,
+        self, copy: Copy, evaluate: Evaluate, device: torch.device, precision: Precision
     ) -> None:
-        self.copy = give_memory(precision.convert(copy), device)
+        self.copy = copy
         self.evaluate = evaluate
-        self.state = state
         self.device = device
         self.precision = precision
 
@@ -110,7 +102,10 @@ class DownstreamEvaluation:
         self, engine: Engine, watchdog: Watchdog, stop: Callable[[], bool]
     ) -> tuple[dict[str, float], str]:
         kind = "ema" if engine.ema is not None else "weight"
-        FragmentedState(engine).copy_into(self.copy, kind)
+        self.copy.take(FragmentedState(engine), kind)
+
         with watchdog.fed_by_modules(), self.precision.products():
-            values = self.evaluate(self.copy.eval(), self.state, self.device)
+            values = self.evaluate(self.copy.model, self.copy.state, self.device)
+        self.copy.finish()
+
         return values, " | ".join(f"{name} {value:.2f}" for name, value in values.items())

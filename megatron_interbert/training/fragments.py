@@ -306,6 +306,14 @@ class FragmentedState:
             whole[fragment.start : fragment.start + len(own)] = own
             target.copy_(self.state.sum_over_data(whole).view_as(target))
 
+    @torch.no_grad()
+    def copy_parts(self, parts: dict[str, torch.Tensor], kind: str = "weight") -> None:
+        """Copy the weights or their average into equal parts of the parameters, flat, of
+        ceil(elements / ranks) elements: those that this rank keeps at stage 3.
+        """
+        for fragment in self.held([kind]):
+            parts[fragment.name][: fragment.length] = fragment.tensors[kind]
+
     @contextlib.contextmanager
     def _refreshing_model(self) -> Iterator[None]:
         """Cast the fp32 weights that change within the context to those the model computes with, as

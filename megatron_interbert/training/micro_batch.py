@@ -19,6 +19,7 @@ from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import ON_DEVICE, Layout, Load
 from megatron_interbert.planning.memory import Memory, predict
+from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     offload_blocks,
@@ -98,6 +99,9 @@ class Trial:
         self.device = device
         self.dtype = working_dtype(config)
         self.layout = layout_of(config, state.data_size, kernels)
+        if job.evaluate:
+            precision = choose_precision(config.eval_precision, device)
+            self.layout = replace(self.layout, copied=precision.bytes)
 
     def batch(self, samples: int) -> PackedBatch:
         """Build a micro-batch of this rank's first `samples` samples."""

@@ -27,6 +27,7 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Judge, Progress
 from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
+from megatron_interbert.training.evaluation_copy import copy_for_evaluation
 from megatron_interbert.training.first_weights import InitialWeights, open_initial_weights
 from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.loop import Trainer
@@ -152,14 +153,14 @@ def begin(
         job,
         engine,
         batches=stream,
-        evaluation=make_evaluation(run, job, plan),
+        evaluation=make_evaluation(run, job, plan, engine),
         checkpoints=checkpoints,
         progress=progress,
         integrity=start.integrity,
     )
 
 
-def make_evaluation(run: Run, job: Job, plan: ModelPlan) -> Evaluation | None:
+def make_evaluation(run: Run, job: Job, plan: ModelPlan, engine: Engine) -> Evaluation | None:
     """Build the evaluation: losses on unseen samples, or a downstream task's metrics; or None."""
     config = run.config
     state = run.state
@@ -176,7 +177,10 @@ def make_evaluation(run: Run, job: Job, plan: ModelPlan) -> Evaluation | None:
     precision = choose_precision(config.eval_precision, device)
     run.say(f"evaluations: {precision}")
 
-    return DownstreamEvaluation(plan.for_evaluation(), job.evaluate, state, device, precision)
+    model = precision.convert(plan.for_evaluation())
+    copy = copy_for_evaluation(model, engine, device)
+
+    return DownstreamEvaluation(copy, job.evaluate, device, precision)
 
 
 def batches(

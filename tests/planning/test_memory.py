@@ -16,6 +16,7 @@ from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.machines.processes import start_processes
+from megatron_interbert.model.construction import on_meta
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.rng import RandomStreams
@@ -23,14 +24,17 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.activations import activations
 from megatron_interbert.planning.layout import Layout, Load, rank_parameters
 from megatron_interbert.planning.memory import largest_micro_batch, predict
+from megatron_interbert.tasks.precision import Precision
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.evaluation_copy import SharedCopy, WholeCopy
 from megatron_interbert.virtual.samples import random_examples
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
 from tests.sizes import MEASURABLE as SIZES
 
 SAMPLES = 24
+CPU = torch.device("cpu")
 
 
 def live_bytes(prof, names):
@@ -235,3 +239,32 @@ def test_the_largest_micro_batch_just_fits():
     assert predict(SIZES, layout, dataclasses.replace(load, samples=samples)).peak <= room
     assert predict(SIZES, layout, dataclasses.replace(load, samples=samples + 1)).peak > room
     assert largest_micro_batch(SIZES, layout, load, 1000.0) == 0
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(1, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+)
+def test_the_copy_that_evaluations_need(stage: int, precision: str) -> None:
+    """Count the bytes of the copies themselves, as one of four ranks."""
+    state = ParallelState()
+    state.data_size = 4
+    precision = Precision(precision)
+    model = precision.convert(on_meta(lambda: InterBert(SIZES, state=state)))
+    if stage < 3:
+        parts = list(WholeCopy(model, state, CPU).model.parameters())
+    else:
+        parts = SharedCopy(model, state, CPU, 1, CPU).weights.parts.values()
+
+    layout = Layout(data=4, zero_stage=stage, half=True, live=100_000)
+    copied = dataclasses.replace(layout, copied=precision.bytes)
+    without = predict(SIZES, layout, Load(1))
+    found = predict(SIZES, copied, Load(1))
+    counted = sum(part.nbytes for part in parts)
+    assert abs((found.weights - without.weights) / counted - 1) < 0.02
+
+    on_host = dataclasses.replace(copied, parameters_on="cpu", optimizer_on="cpu")
+    if stage == 3:
+        offloaded = predict(SIZES, on_host, Load(1))
+        assert offloaded.weights == 0
+        gathered = precision.bytes * 100_000
+        assert offloaded.peak >= gathered + offloaded.gradients + offloaded.buffers

@@ -34,6 +34,7 @@ from megatron_interbert.tasks.shop.catalogue import Catalogue
 from megatron_interbert.tasks.shop.scorer import ItemScorer
 from megatron_interbert.training import evaluation
 from megatron_interbert.training.evaluation import DownstreamEvaluation
+from megatron_interbert.training.evaluation_copy import WholeCopy
 from tests.corpus import write_store
 from tests.model.test_model import SMALL, examples
 from tests.tasks.test_retrieval import open_pairs, sizes
@@ -240,9 +241,9 @@ def test_evaluation_during_training(monkeypatch: pytest.MonkeyPatch, name: str) 
         )
         return {"R@1": 50.0}
 
-    judge = DownstreamEvaluation(
-        InterBert(sizes(), ("itm",)), evaluate, ParallelState(), CPU, Precision(name)
-    )
+    precision = Precision(name)
+    copy = WholeCopy(precision.convert(InterBert(sizes(), ("itm",))), ParallelState(), CPU)
+    judge = DownstreamEvaluation(copy, evaluate, CPU, precision)
     figures, line = judge.run(SimpleNamespace(ema=None), Watching(), lambda: False)
     assert (figures, line) == ({"R@1": 50.0}, "R@1 50.00")
     allowed, dtype, head = seen[0]

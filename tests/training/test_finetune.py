@@ -94,7 +94,7 @@ def test_best_and_stale_evaluations():
     assert found == [(True, 1, 0), (True, 2, 0), (False, 2, 1), (False, 2, 2), (True, 5, 0)]
 
 
-@pytest.mark.parametrize(("processes", "tensor", "stage"), [(1, 1, 0), (2, 1, 2), (2, 2, 3)])
+@pytest.mark.parametrize(("processes", "tensor", "stage"), [(1, 1, 0), (2, 1, 2), (4, 2, 3)])
 def test_averaged_weights_are_the_average_of_all_steps(store, tmp_path, processes, tensor, stage):
     """Recompute the average in float64 from every step's weights, on any layout, with a resume."""
     shared = (

@@ -313,6 +313,26 @@ def check_whole_copy(run):
         not torch.equal(average, weights[name]) for name, average in copy.named_parameters()
     )
     assert moved > 0
+    if run.config.zero_stage == 3 and run.state.data_size > 1:
+        check_shared_copy(run, weights, "weight")
+        check_shared_copy(run, dict(copy.named_parameters()), "ema")
+
+
+def check_shared_copy(run, whole, kind):
+    """Check that an evaluation at stage 3 reads the same from the parts of all ranks."""
+    from megatron_interbert.training.evaluation_copy import copy_for_evaluation
+    from megatron_interbert.training.fragments import FragmentedState
+
+    model = parts(run.config, run.state, run.streams)[0].to("meta")
+    shared = copy_for_evaluation(model, run.engine, torch.device("cpu"))
+    shared.take(FragmentedState(run.engine), kind)
+    assert sum(map(torch.numel, shared.weights.parts.values())) < 0.6 * sum(
+        map(torch.numel, whole.values())
+    )
+    for name, weight in whole.items():
+        assert torch.equal(shared.weights.read(name), weight), name
+
+    shared.finish()
 
 
 def test_every_update_goes_on_from_every_other(corpus):

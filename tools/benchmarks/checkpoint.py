@@ -1,4 +1,4 @@
-"""Measure what a save costs training, and how fast weights are converted."""
+"""Measure what a save costs training, and how fast checkpoints are written, read and converted."""
 
 import shutil
 import statistics
@@ -32,7 +32,7 @@ from tools.benchmarks.options import BenchmarkOptions
 
 @dataclass
 class Options(BenchmarkOptions):
-    """Measure what a save costs training, and how fast weights are converted."""
+    """Measure what a save costs training, and how fast checkpoints are written, read and converted."""
 
     model: str = option("base", "preset or JSON file of sizes", group="model")
     batch: int = option(32, "samples per step", least=1)
@@ -90,7 +90,8 @@ def seconds(function: Callable[[], Any]) -> float:
 
 def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
     """Return the median seconds of a step, of training's wait for our save, of our save until it is
-    on disk, of DeepSpeed's save, and of a step while ours is written.
+    on disk, of a step while it is written, of copying its files (flushed), of reading it into the
+    engine, and of DeepSpeed's save.
     """
     for _ in range(2):
         step()
@@ -100,6 +101,8 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
         "stall": [],
         "written": [],
         "step_while_writing": [],
+        "copy": [],
+        "read": [],
         "deepspeed_save": [],
     }
     for number in range(repeats + 1):
@@ -114,6 +117,10 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
         found["written"].append(
             float(step.checkpoints.messages()[-1].split("on disk after ")[1].split()[0])
         )
+        saved = step.checkpoints.newest
+        found["copy"].append(seconds(lambda saved=saved: copy_flushed(saved, folder / "copy")))
+        shutil.rmtree(folder / "copy")
+        found["read"].append(seconds(lambda saved=saved: step.checkpoints.load(step.engine, saved)))
         theirs = folder / "deepspeed"
         found["deepspeed_save"].append(
             seconds(lambda to=theirs: step.engine.deepspeed.save_checkpoint(str(to), tag="x"))
@@ -123,6 +130,13 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
             found = {name: [] for name in found}
 
     return {name: statistics.median(values) for name, values in found.items() if values}
+
+
+def copy_flushed(folder: Path, to: Path) -> None:
+    """Copy the files of a folder one after the other, each until it is on disk."""
+    to.mkdir()
+    for file in sorted(folder.iterdir()):
+        flush_file(Path(shutil.copyfile(file, to / file.name)))
 
 
 def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
@@ -170,6 +184,8 @@ def measure(options: Options) -> dict[str, Any]:
         ("DeepSpeed's engine.save_checkpoint (not flushed)", "deepspeed_save"),
         ("our save until it is on disk, flushed, hashed", "written"),
         ("a step while our save is written", "step_while_writing"),
+        ("a copy of our save's files, flushed", "copy"),
+        ("our save read into the engine", "read"),
     ]
     for title, key in rows:
         if key in saves:
