@@ -6,6 +6,7 @@ import errno
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -133,6 +134,8 @@ def begin_entry() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+# set once this process ends for an error that it has understood
+ENDING = threading.Event()
 _last_actions: list[Callable[[], None]] = []
 
 
@@ -207,6 +210,7 @@ def run_entry(main: Callable[[], None], reports: bool = False) -> None:
 
 def end_for(error: RunError, code: int) -> NoReturn:
     """Print an error, on one rank of each machine or on the rank that alone knows it, and end."""
+    ENDING.set()
     alone = error.local
     speaks = number_of("RANK", 0) == 0 or os.environ.get("LOCAL_RANK") == "0" or alone
     if speaks:

@@ -27,7 +27,7 @@ from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore
-from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.errors import UsageError, at_end, run_entry
 from megatron_interbert.files import check_writable, nearest_folder, write_json
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.machines.host import same_bits_every_time
@@ -265,7 +265,9 @@ def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
         settings = read_deepspeed_config(config)
         for name in ("train_batch_size", "gradient_accumulation_steps"):
             settings.pop(name, None)
-        alone.deepspeed_config = str(Path(tempfile.mkdtemp()) / "deepspeed.json")
+        folder = Path(tempfile.mkdtemp(prefix="interbert-preflight-"))
+        at_end(lambda: shutil.rmtree(folder, ignore_errors=True))
+        alone.deepspeed_config = str(folder / "deepspeed.json")
         write_json(Path(alone.deepspeed_config), settings)
 
     return alone

@@ -135,7 +135,10 @@ def test_wrong_use(store, tmp_path, kind):
 
 
 def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
-    """Check heads that two ranks cannot share, and partitions that two ranks do not divide."""
+    """Check heads that two ranks cannot share, partitions that two ranks do not divide, and a model
+    for another vocabulary, of which the ranks know together: rank 1 does not report that rank 0
+    ended for it.
+    """
     sizes = {
         "hidden_size": 33,
         "num_attention_heads": 3,
@@ -151,9 +154,14 @@ def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
     )
     assert code == 2
     assert err.count("--tensor-model-parallel-size 2 does not divide num_attention_heads 3") == 1
-    code, _, err = launch(*deepspeed(2, *flags, "--data-partitions", 7))
-    assert code == 2
-    assert err.count("data-parallel size 2 does not divide --data-partitions 7") == 1
+    for wrong, message in {
+        ("--data-partitions", 7): "data-parallel size 2 does not divide --data-partitions 7",
+        ("--model", "base"): "vocab_size is 27, but the model has 30522",
+    }.items():
+        code, _, err = train(2, *flags, *wrong)
+        assert code == 2
+        assert err.count(message) == 1
+        assert "has ended with code" not in err
 
 
 def test_preflight_says_what_is_wrong_and_how_to_mend_it(store, tmp_path):

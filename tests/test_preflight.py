@@ -2,10 +2,14 @@
 tests what it finds later.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import pytest
 
+from megatron_interbert import preflight
+from megatron_interbert.preflight import PreflightConfig
 from tests.corpus import write_store
 from tests.launching import TINY, launch
 
@@ -43,3 +47,20 @@ def test_a_trial_needs_a_batch_to_divide(tmp_path):
         in out
     )
     assert "-       step         not tried: it needs 'batch'" in out
+
+
+def test_the_trial_has_a_deepspeed_json_of_its_own_for_as_long_as_it_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = tmp_path / "given.json"
+    given.write_text(json.dumps({"train_batch_size": 8, "gradient_clipping": 0.5}))
+    last = []
+    monkeypatch.setattr(preflight, "at_end", last.append)
+    alone = preflight.config_of_one_process(PreflightConfig(deepspeed_config=str(given)))
+    own = Path(alone.deepspeed_config)
+    assert json.loads(own.read_text()) == {"gradient_clipping": 0.5}
+    assert own != given
+
+    last.pop()()
+    assert not own.parent.exists()
+    assert given.exists()

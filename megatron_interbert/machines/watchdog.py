@@ -28,7 +28,7 @@ from typing import Any
 
 from torch.nn.modules.module import register_module_forward_hook
 
-from megatron_interbert.errors import UsageError
+from megatron_interbert.errors import ENDING, UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.signals import exit_status, identity, killed_by
 
@@ -181,7 +181,8 @@ class Watchdog:
                     )
                 }
 
-            if verdict and not self._ended.is_set():
+            # a rank that ends for an error of its own does not report those that end before it
+            if verdict and not self._ended.is_set() and not ENDING.is_set():
                 self._end(verdict)
 
     def _pause(self) -> bool:
