@@ -1,4 +1,4 @@
-"""Measure what a save costs training, and how fast checkpoints move: written, read, converted."""
+"""Measure what a save costs training, and how fast checkpoints are written, read, converted."""
 
 import shutil
 import statistics
@@ -32,7 +32,7 @@ from tools.benchmarks.options import BenchmarkOptions
 
 @dataclass
 class Options(BenchmarkOptions):
-    """Measure what a save costs training, and how fast checkpoints move: written, read, converted."""
+    """Measure what a save costs training, and how fast checkpoints are written, read, converted."""
 
     model: str = option("base", "preset or JSON file of sizes", group="model")
     batch: int = option(32, "samples per step", least=1)
