@@ -134,8 +134,7 @@ def begin_entry() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-# set once this process ends for an error that it has understood
-ENDING = threading.Event()
+ENDING = threading.Event()  # set when this process is about to end, for an error that it knows
 _last_actions: list[Callable[[], None]] = []
 
 

@@ -136,8 +136,7 @@ def test_wrong_use(store, tmp_path, kind):
 
 def test_wrong_use_on_two_ranks_is_said_once(store, tmp_path):
     """Check heads that two ranks cannot share, partitions that two ranks do not divide, and a model
-    for another vocabulary, of which the ranks know together: rank 1 does not report that rank 0
-    ended for it.
+    for another vocabulary, which both ranks find: rank 1 does not report that rank 0 ended for it.
     """
     sizes = {
         "hidden_size": 33,

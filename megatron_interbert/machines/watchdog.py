@@ -170,7 +170,8 @@ class Watchdog:
                 continue
 
             verdict = self._connection.exchange(pulse, now)
-            if verdict == THE_END:
+            # a rank that ends for an error of all ranks has nothing to add
+            if verdict == THE_END or ENDING.is_set():
                 return
             if verdict is None and over and self._connection.silence() > NO_ANSWER:
                 verdict = {
@@ -181,8 +182,7 @@ class Watchdog:
                     )
                 }
 
-            # a rank that ends for an error of its own does not report those that end before it
-            if verdict and not self._ended.is_set() and not ENDING.is_set():
+            if verdict and not self._ended.is_set():
                 self._end(verdict)
 
     def _pause(self) -> bool:

@@ -2,8 +2,8 @@
 
 Every rank keeps an equal part of each parameter, and gathers the whole when it reads it. Gathering
 takes all ranks, yet each works at its own pace. So a rank that lacks weights meets the others: all
-say what they lack, and gather that. A rank whose work is done goes on meeting until the others'
-is done too.
+say what they lack, and gather a part of that together. A rank whose work is done goes on meeting
+until the others' is done too.
 """
 
 from typing import Any
@@ -15,18 +15,16 @@ from torch import nn
 from megatron_interbert.parallel.collectives import start_gather
 from megatron_interbert.parallel.state import ParallelState
 
-NOTHING = -1  # said by a rank that lacks no weights
-
 
 class SharedWeights:
-    """Hold this rank's part of each parameter of a model on torch's meta device, and put into the
-    model's modules what gathers parameters on `device` when they are read.
+    """Replace the parameters of a model on torch's meta device by this rank's parts; reading one
+    gathers it whole on `device`.
 
-    Parts are kept on `kept_on`, which is the host where the weights in training are.
-
-    A part is flat, of ceil(elements / ranks) elements, as ZeRO stage 3 divides. Parameters are
-    gathered by units: a layer, or a part of the model outside of its stacks. Those that were read
-    last stay, up to `most` elements; beside them there may be one unit that another rank lacks.
+    A part is flat, of ceil(elements / ranks) elements, and is kept on `kept_on`. Parameters are
+    gathered by units: a layer, or a part of the model outside of its stacks. What is gathered stays
+    while it has at most `most` elements; beside it there may be one unit that another rank lacks,
+    and a unit larger than `most` is gathered nevertheless. Raises ValueError for a parameter that
+    two modules share: it would be two.
     """
 
     def __init__(
@@ -44,15 +42,15 @@ class SharedWeights:
         self.shapes: dict[str, torch.Size] = {}
         self.parts: dict[str, torch.Tensor] = {}
         self._units: dict[str, list[str]] = {}  # names of their parameters
-        self._gathered: dict[str, dict[str, torch.Tensor]] = {}  # by unit; the last read is last
+        self._gathered: dict[str, dict[str, torch.Tensor]] = {}  # by unit
 
+        named = list(model.named_parameters(remove_duplicate=False))
+        if len({id(parameter) for _, parameter in named}) < len(named):
+            raise ValueError("a parameter belongs to two modules, whose parts would be separate")
+        for name, parameter in named:
+            self._share(name, parameter)
         for prefix, module in model.named_modules():
-            names = {}
-            for key, parameter in module._parameters.items():
-                names[key] = f"{prefix}.{key}".lstrip(".")
-                self._share(names[key], parameter)
-
-            module._parameters = ReadParameters(self, names)
+            module._parameters = ReadParameters(self, prefix, module._parameters)
 
     def _share(self, name: str, parameter: nn.Parameter) -> None:
         size = -(-parameter.numel() // self.state.data_size)
@@ -62,42 +60,48 @@ class SharedWeights:
 
     @property
     def gathered(self) -> int:
-        """Return how many elements are gathered now."""
+        """Return how many elements stay gathered now."""
         return sum(map(self._elements, self._gathered))
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a whole parameter, in its shape; meets the other ranks if it is not here."""
+        """Return a whole parameter, in its shape; meets the other ranks while it is not here."""
         unit = unit_of(name)
         if unit not in self._gathered:
             self._make_room(self._elements(unit))
+        while unit not in self._gathered:
             self._meet(unit)
-
-        self._gathered[unit] = self._gathered.pop(unit)
 
         return self._gathered[unit][name]
 
     def finish(self) -> None:
-        """Meet the other ranks until none lacks weights, and drop what is gathered."""
+        """Meet the other ranks until none lacks weights."""
         while self._meet(None):
             pass
+
+    def drop(self) -> None:
+        """Give back what is gathered."""
         self._gathered.clear()
 
     def _meet(self, lacking: str | None) -> bool:
-        """Gather what any rank lacks, and keep the unit that this one is `lacking`; return whether
-        any lacks something.
+        """Gather the first of all units that any rank lacks; keep it if this one is `lacking` it.
+        Return whether any rank lacks something.
+
+        One unit at a time, so that ranks whose work differed come into step again.
         """
         units = list(self._units)
-        own = NOTHING if lacking is None else units.index(lacking)
+        nothing = len(units)
+        own = nothing if lacking is None else units.index(lacking)
         rows, work = start_gather(torch.tensor([own], device=self.device), self.state.data_group)
         work.wait()
-        wanted = set(rows.tolist()) - {NOTHING}
+        first = int(rows.min())
+        if first == nothing:
+            return False
 
-        for number in sorted(wanted):
-            whole = self._gather(units[number])
-            if number == own:
-                self._gathered[lacking] = whole
+        whole = self._gather(units[first])
+        if first == own:
+            self._gathered[lacking] = whole
 
-        return bool(wanted)
+        return True
 
     def _gather(self, unit: str) -> dict[str, torch.Tensor]:
         started = {
@@ -114,9 +118,11 @@ class SharedWeights:
         return whole
 
     def _make_room(self, elements: int) -> None:
-        """Drop the units that were not read for longest until `elements` more are within `most`."""
+        """Drop what was gathered last until `elements` more are within `most`: a model is read in
+        the same order again and again, so that is needed again last.
+        """
         while self._gathered and self.gathered + elements > self.most:
-            del self._gathered[next(iter(self._gathered))]
+            self._gathered.popitem()
 
     def _elements(self, unit: str) -> int:
         return sum(self.shapes[name].numel() for name in self._units[unit])
@@ -124,16 +130,20 @@ class SharedWeights:
 
 class ReadParameters(dict):
     """Stand in for the dictionary in which a module keeps its parameters: a parameter that is read
-    is gathered, while iteration finds this rank's parts.
+    as an attribute is gathered, while iteration finds this rank's parts.
     """
 
-    def __init__(self, weights: SharedWeights, names: dict[str, str]) -> None:
-        super().__init__({key: weights.parts[name] for key, name in names.items()})
+    def __init__(
+        self, weights: SharedWeights, prefix: str, own: dict[str, nn.Parameter | None]
+    ) -> None:
         self.weights = weights
-        self.names = names
+        self.names = {key: f"{prefix}.{key}".lstrip(".") for key, p in own.items() if p is not None}
+        parts = {key: weights.parts[name] for key, name in self.names.items()}
+        super().__init__({**own, **parts})
 
-    def __getitem__(self, key: str) -> torch.Tensor:
-        return self.weights.read(self.names[key])
+    def __getitem__(self, key: str) -> torch.Tensor | None:
+        name = self.names.get(key)
+        return self.weights.read(name) if name else super().__getitem__(key)
 
 
 class MeetingState(ParallelState):
@@ -141,9 +151,14 @@ class MeetingState(ParallelState):
     lacks any.
     """
 
-    def __init__(self, state: ParallelState, weights: SharedWeights) -> None:
-        vars(self).update(vars(state))
-        self.weights = weights
+    weights: SharedWeights
+
+    @classmethod
+    def of(cls, state: ParallelState, weights: SharedWeights) -> "MeetingState":
+        """Return a state with the groups of another."""
+        found = cls.__new__(cls)
+        vars(found).update(vars(state), weights=weights)
+        return found
 
     def sum_over_data(self, tensor: torch.Tensor) -> torch.Tensor:
         self.weights.finish()

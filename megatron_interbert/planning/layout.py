@@ -8,6 +8,7 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.construction import on_meta
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
+from megatron_interbert.parallel.shared_weights import unit_of
 from megatron_interbert.parallel.state import ParallelState
 
 BUCKET = 50_000_000  # most gradients that are reduced at once
@@ -58,6 +59,14 @@ class Layout:
         return (self.optimizer_on, self.parameters_on) != (ON_DEVICE, ON_DEVICE)
 
     @property
+    def shares_copy(self) -> bool:
+        """Check whether ranks share the copy of the weights that evaluations need; see
+        training/evaluation_copy.py.
+        """
+        whole = self.data == 1 and self.parameters_on == ON_DEVICE
+        return self.zero_stage == 3 and not (self.shares_nothing or whole)
+
+    @property
     def sharing(self) -> int:
         """Return how many ranks share the activations between a layer's tensor-parallel parts."""
         return self.tensor if self.sequence_parallel else 1
@@ -95,21 +104,33 @@ def targets_of(load: Load) -> tuple[float, float]:
 
 
 @functools.cache
-def rank_shapes(sizes: ModelConfig, tensor: int) -> tuple[tuple[int, ...], ...]:
-    """Return the shapes of the trained parameters on one of `tensor` tensor-parallel ranks."""
+def rank_shapes(sizes: ModelConfig, tensor: int) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the trained parameters, by name, on one of `tensor` tensor-parallel
+    ranks.
+    """
     sizes.check_tensor_parallel(tensor)
     model = on_meta(lambda: InterBert(sizes, state=ParallelState(alone=True)))
 
-    return tuple(
-        tuple(
+    return {
+        name: tuple(
             size // tensor if axis == partition_dimension(name) else size
             for axis, size in enumerate(parameter.shape)
         )
         for name, parameter in model.named_parameters()
-    )
+    }
 
 
 @functools.cache
 def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
     """Count the trained parameters on one of `tensor` tensor-parallel ranks."""
-    return sum(map(math.prod, rank_shapes(sizes, tensor)))
+    return sum(map(math.prod, rank_shapes(sizes, tensor).values()))
+
+
+@functools.cache
+def largest_unit(sizes: ModelConfig, tensor: int) -> int:
+    """Count the parameters of the largest unit in which shared weights are gathered."""
+    units: dict[str, int] = {}
+    for name, shape in rank_shapes(sizes, tensor).items():
+        units[unit_of(name)] = units.get(unit_of(name), 0) + math.prod(shape)
+
+    return max(units.values())

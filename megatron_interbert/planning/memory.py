@@ -16,6 +16,7 @@ from megatron_interbert.planning.layout import (
     ON_DISK,
     Layout,
     Load,
+    largest_unit,
     rank_parameters,
     rank_shapes,
     targets_of,
@@ -39,6 +40,7 @@ class Memory:
     buffers: float  # for DeepSpeed's gradient reduction
     activations: float
     peak: float
+    copy: float = 0.0  # of the weights, for evaluations
     host: float = 0.0
     disk: float = 0.0
 
@@ -68,8 +70,9 @@ class Held:
 def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     """Predict the memory of a training step (from the second one on, when the moments exist).
 
-    The peak is at one of three times: when the backward pass begins and holds all activations, when
-    it ends and holds all gradients, or when these are converted for the optimizer. With several
+    The peak is at one of four times: when the backward pass begins and holds all activations, when
+    it ends and holds all gradients, when these are converted for the optimizer, or when a copy of
+    the weights is gathered to evaluate (activations of evaluations are left out). With several
     micro-batches the gradients of earlier ones are held when a later pass begins.
     """
     parameters = rank_parameters(sizes, layout.tensor)
@@ -91,16 +94,15 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         held = offload_optimizer(held, layout, sizes)
     if layout.parameters_on != ON_DEVICE:
         held = offload_parameters(held, layout)
-    if layout.copied:
-        held = copy_weights(held, layout, parameters)
-
     kept, again = activations(sizes, layout, load)
     # the fused kernel writes the gradient over the logits
     each = layout.element if layout.fused else 2 * FP32
     logits = each * logits_at_once(sizes, layout, load) - kept_logits(sizes, layout, load)
     begin = held.begin + kept + max(again, logits + table)
-    evaluating = held.gradients + held.buffers + gathered_to_evaluate(layout, parameters)
+    evaluating = held.gradients + held.buffers + gathered_to_evaluate(sizes, layout)
     peak = held.weights + held.optimizer + max(begin, held.end + again, held.step, evaluating)
+    copy = layout.copied * parameters / (layout.data if layout.shares_copy else 1)
+    on_host = layout.shares_copy and layout.parameters_on != ON_DEVICE
 
     return Memory(
         held.weights,
@@ -108,8 +110,9 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
         held.gradients,
         held.buffers,
         kept + again,
-        peak,
-        held.host,
+        peak + (0.0 if on_host else copy),
+        copy,
+        held.host + (copy if on_host else 0.0),
         held.disk,
     )
 
@@ -175,7 +178,7 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     """Return what a rank holds if fp32 weights, moments and the update are on its host, or on its
     disk. Found in DeepSpeed's code and by dry runs.
     """
-    shapes = rank_shapes(sizes, layout.tensor)
+    shapes = rank_shapes(sizes, layout.tensor).values()
     share = rank_parameters(sizes, layout.tensor) / layout.data
     passed = layout.element * share  # gradients at stage 3, weights below, on their way
     state = (2 * FP32 + ADAM) * share  # with the gradients of the update
@@ -204,26 +207,17 @@ def offload_parameters(held: Held, layout: Layout) -> Held:
     return replace(found, host=held.host + held.weights)
 
 
-def copy_weights(held: Held, layout: Layout, parameters: int) -> Held:
-    """Return what a rank holds with a copy of the weights to evaluate: all of them or, where ranks
-    share the weights, its part, beside its part of the weights.
+def gathered_to_evaluate(sizes: ModelConfig, layout: Layout) -> float:
+    """Return the bytes that are gathered at once of a copy that ranks share: what stays, and a unit
+    for another rank.
     """
-    copy = layout.copied * parameters
-    if layout.shares_nothing or layout.zero_stage < 3:
-        return replace(held, weights=held.weights + copy)
-
-    part = copy / layout.data
-    if layout.parameters_on == ON_DEVICE:
-        return replace(held, weights=held.weights + part)
-
-    return replace(held, host=held.host + part)
-
-
-def gathered_to_evaluate(layout: Layout, parameters: int) -> float:
-    """Return the bytes that are gathered at once of a copy that ranks share."""
-    if layout.shares_nothing or layout.zero_stage < 3:
+    if not layout.shares_copy:
         return 0.0
-    return layout.copied * min(parameters, layout.live)
+
+    unit = largest_unit(sizes, layout.tensor)
+    stays = min(rank_parameters(sizes, layout.tensor), max(layout.live, unit))
+
+    return layout.copied * (stays + (unit if layout.data > 1 else 0))
 
 
 def updated_bytes(layout: Layout, parameters: int) -> float:

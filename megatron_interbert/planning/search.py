@@ -12,7 +12,13 @@ from megatron_interbert.planning.memory import Memory, largest_micro_batch, pred
 
 GIB = 2**30
 MOST = 1 << 16  # largest micro-batch that is tried
-PARTS = ("weights", "optimizer", "gradients", "activations")
+PARTS = {  # of a rank's memory, as messages call them
+    "weights": "weights",
+    "optimizer": "optimizer",
+    "gradients": "gradients",
+    "activations": "activations",
+    "copy": "copy of the weights for --eval-precision",
+}
 # (optimizer, parameters): what of the state is where, the fastest first
 PLACES = (
     (ON_DEVICE, ON_DEVICE),
@@ -45,7 +51,7 @@ class Room:
         needed = memory.together if self.one_memory else memory.peak
         if needed > self.device:
             part = max(PARTS, key=lambda name: getattr(memory, name))
-            largest = f"{part} {getattr(memory, part) / GIB:.1f}"
+            largest = f"{PARTS[part]} {getattr(memory, part) / GIB:.1f}"
             if self.one_memory and memory.host > getattr(memory, part):
                 largest = f"offloaded {memory.host / GIB:.1f}"
             return f"{needed / GIB:.1f} GiB ({largest}) of {self.device / GIB:.1f}"

@@ -143,7 +143,7 @@ def shares_of_groups(sizes: ModelConfig, layout: Layout) -> list[int]:
     groups: list[int] = []
     filled = {True: 0, False: 0}
 
-    for shape in rank_shapes(sizes, layout.tensor):
+    for shape in rank_shapes(sizes, layout.tensor).values():
         decays = len(shape) > 1
         filled[decays] += math.prod(shape)
         if filled[decays] >= SUB_GROUP:
@@ -157,4 +157,5 @@ def shares_of_groups(sizes: ModelConfig, layout: Layout) -> list[int]:
 
 def shares_of_parameters(sizes: ModelConfig, layout: Layout) -> list[int]:
     """Return the elements that a rank keeps of each parameter at ZeRO stage 3, with padding."""
-    return [math.ceil(math.prod(s) / layout.data) for s in rank_shapes(sizes, layout.tensor)]
+    shapes = rank_shapes(sizes, layout.tensor).values()
+    return [math.ceil(math.prod(shape) / layout.data) for shape in shapes]

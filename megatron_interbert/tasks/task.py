@@ -47,7 +47,9 @@ class Task(Protocol):
         """Return the text of these metrics for a log line."""
 
 
-# computes a model's metrics, the same on all ranks
+# Computes a model's metrics, the same on all ranks. At ZeRO stage 3 ranks gather the weights as
+# they read them (parallel/shared_weights.py), so it reads parameters as attributes, in the main
+# thread, and ranks communicate through the given state alone.
 Evaluate = Callable[[nn.Module, ParallelState, torch.device], dict[str, float]]
 
 

@@ -13,7 +13,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.precision import Precision
 from megatron_interbert.tasks.task import Evaluate, Task
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.evaluation_copy import Copy
+from megatron_interbert.training.evaluation_copy import EvaluationCopy
 from megatron_interbert.training.fragments import FragmentedState
 
 
@@ -90,7 +90,7 @@ class DownstreamEvaluation:
     """
 
     def __init__(
-        self, copy: Copy, evaluate: Evaluate, device: torch.device, precision: Precision
+        self, copy: EvaluationCopy, evaluate: Evaluate, device: torch.device, precision: Precision
     ) -> None:
         self.copy = copy
         self.evaluate = evaluate

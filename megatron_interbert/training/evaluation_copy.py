@@ -1,8 +1,4 @@
-"""Copy the weights in training into a model to evaluate: whole on every data-parallel rank, or
-shared among them where training shares them too.
-"""
-
-from typing import Protocol
+"""Copy the weights in training into a model to evaluate."""
 
 import torch
 
@@ -16,68 +12,46 @@ from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
 
 
-class Copy(Protocol):
-    """Hold a model to evaluate and the ranks that evaluate it."""
+class EvaluationCopy:
+    """Hold a model to evaluate, and the ranks that evaluate it.
 
-    model: InterBert
-    state: ParallelState
-
-    def take(self, trained: FragmentedState, kind: str) -> None:
-        """Take the weights (`kind` "weight") or their average ("ema"); call it on all ranks."""
-
-    def finish(self) -> None:
-        """Let the other ranks finish their work, and give back what only work needs."""
-
-
-class WholeCopy:
-    """Hold a copy whole (this rank's tensor-parallel slice); takes a model on torch's meta device,
-    or one with memory.
-    """
-
-    def __init__(self, model: InterBert, state: ParallelState, device: torch.device) -> None:
-        self.model = give_memory(model, device).eval()
-        self.state = state
-
-    def take(self, trained: FragmentedState, kind: str) -> None:
-        trained.copy_into(self.model, kind)
-
-    def finish(self) -> None:
-        pass
-
-
-class SharedCopy:
-    """Hold this rank's part of a copy, for ZeRO stage 3; ranks gather weights when they read them.
-    Takes a model on torch's meta device. See parallel/shared_weights.py.
+    Each data-parallel rank has the whole (its tensor-parallel slice) or, with `weights`, its part,
+    and gathers what it reads.
     """
 
     def __init__(
-        self,
-        model: InterBert,
-        state: ParallelState,
-        device: torch.device,
-        most: int,
-        kept_on: torch.device,
+        self, model: InterBert, state: ParallelState, weights: SharedWeights | None = None
     ) -> None:
-        self.weights = SharedWeights(model, state, device, most, kept_on)
         self.model = model.eval()
-        self.state = MeetingState(state, self.weights)
+        self.state = MeetingState.of(state, weights) if weights else state
+        self.weights = weights
 
     def take(self, trained: FragmentedState, kind: str) -> None:
-        trained.copy_parts(self.weights.parts, kind)
+        """Take the weights (`kind` "weight") or their average ("ema"); call it on all ranks."""
+        if self.weights:
+            self.weights.drop()
+            trained.copy_parts(self.weights.parts, kind)
+        else:
+            trained.copy_into(self.model, kind)
 
     def finish(self) -> None:
-        self.weights.finish()
+        """Wait for the other ranks, and give back what only an evaluation needs."""
+        if self.weights:
+            self.weights.finish()
+            self.weights.drop()
 
 
-def copy_for_evaluation(model: InterBert, engine: Engine, device: torch.device) -> Copy:
-    """Choose the kind of copy for an engine: `model` is on torch's meta device and in the precision
-    of the evaluation.
+def copy_for_evaluation(model: InterBert, engine: Engine, device: torch.device) -> EvaluationCopy:
+    """Give memory to a model on torch's meta device, in the precision of the evaluation: in parts
+    where DeepSpeed keeps the weights in parts (ZeRO stage 3), and where it keeps them.
     """
-    if engine.update.stage < 3:
-        return WholeCopy(model, engine.state, device)
+    state = engine.state
+    offload = offload_blocks(engine.deepspeed_config)["offload_param"]
+    on_device = offload.get("device", ON_DEVICE) == ON_DEVICE
+    if engine.update.stage < 3 or (state.data_size == 1 and on_device):
+        return EvaluationCopy(give_memory(model, device), state)
 
     most = engine.deepspeed.zero_max_live_parameters()
-    offload = offload_blocks(engine.deepspeed_config)["offload_param"]
-    kept_on = device if offload.get("device", ON_DEVICE) == ON_DEVICE else torch.device("cpu")
+    kept_on = device if on_device else torch.device("cpu")
 
-    return SharedCopy(model, engine.state, device, most, kept_on)
+    return EvaluationCopy(model, state, SharedWeights(model, state, device, most, kept_on))

@@ -312,7 +312,10 @@ class FragmentedState:
         ceil(elements / ranks) elements: those that this rank keeps at stage 3.
         """
         for fragment in self.held([kind]):
-            parts[fragment.name][: fragment.length] = fragment.tensors[kind]
+            part = parts[fragment.name]
+            if fragment.start != len(part) * self.state.data_rank:
+                raise RuntimeError(f"{fragment.name}: DeepSpeed divides it in another way")
+            part[: fragment.length] = fragment.tensors[kind]
 
     @contextlib.contextmanager
     def _refreshing_model(self) -> Iterator[None]:

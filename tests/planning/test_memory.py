@@ -4,6 +4,7 @@ precision and layout.
 
 import dataclasses
 import gc
+import math
 import os
 import subprocess
 import sys
@@ -16,18 +17,18 @@ from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.machines.processes import start_processes
-from megatron_interbert.model.construction import on_meta
+from megatron_interbert.model.construction import give_memory, on_meta
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.rng import RandomStreams
+from megatron_interbert.parallel.shared_weights import SharedWeights, unit_of
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.activations import activations
-from megatron_interbert.planning.layout import Layout, Load, rank_parameters
+from megatron_interbert.planning.layout import Layout, Load, rank_parameters, rank_shapes
 from megatron_interbert.planning.memory import largest_micro_batch, predict
 from megatron_interbert.tasks.precision import Precision
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.engine import Engine
-from megatron_interbert.training.evaluation_copy import SharedCopy, WholeCopy
 from megatron_interbert.virtual.samples import random_examples
 from tests.dist import run_on_ranks
 from tests.launching import ROOT
@@ -251,20 +252,51 @@ def test_the_copy_that_evaluations_need(stage: int, precision: str) -> None:
     precision = Precision(precision)
     model = precision.convert(on_meta(lambda: InterBert(SIZES, state=state)))
     if stage < 3:
-        parts = list(WholeCopy(model, state, CPU).model.parameters())
+        parts = list(give_memory(model, CPU).parameters())
     else:
-        parts = SharedCopy(model, state, CPU, 1, CPU).weights.parts.values()
+        parts = list(SharedWeights(model, state, CPU, 1, CPU).parts.values())
 
-    layout = Layout(data=4, zero_stage=stage, half=True, live=100_000)
-    copied = dataclasses.replace(layout, copied=precision.bytes)
-    without = predict(SIZES, layout, Load(1))
-    found = predict(SIZES, copied, Load(1))
-    counted = sum(part.nbytes for part in parts)
-    assert abs((found.weights - without.weights) / counted - 1) < 0.02
+    layout = Layout(data=4, zero_stage=stage, half=True, copied=precision.bytes)
+    copy = sum(part.nbytes for part in parts)
+    found = predict(SIZES, layout, Load(1))
+    assert abs(found.copy / copy - 1) < 0.02
 
-    on_host = dataclasses.replace(copied, parameters_on="cpu", optimizer_on="cpu")
-    if stage == 3:
-        offloaded = predict(SIZES, on_host, Load(1))
-        assert offloaded.weights == 0
-        gathered = precision.bytes * 100_000
-        assert offloaded.peak >= gathered + offloaded.gradients + offloaded.buffers
+    without = predict(SIZES, dataclasses.replace(layout, copied=0), Load(1))
+    assert without.copy == 0
+    if stage < 3:
+        assert found.peak - without.peak == found.copy
+
+
+@pytest.mark.parametrize("limit", ["one layer", "some", "everything"])
+def test_what_evaluations_gather(limit: str) -> None:
+    """Make an evaluation the peak, with a copy in fp32 beside training in bf16, and compare with
+    the elements of real units.
+    """
+    units: dict[str, int] = {}
+    for name, shape in rank_shapes(SIZES, 1).items():
+        units[unit_of(name)] = units.get(unit_of(name), 0) + math.prod(shape)
+
+    largest = max(units.values())
+    live = {"one layer": 1, "some": largest + 1000, "everything": 10**9}[limit]
+    stays = {"one layer": largest, "some": largest + 1000, "everything": sum(units.values())}[limit]
+    layout = Layout(data=64, zero_stage=3, half=True, copied=4, live=live, bucket=1000, prefetch=0)
+    found = predict(SIZES, layout, Load(1))
+    kept = found.weights + found.optimizer + found.gradients + found.buffers + found.copy
+    assert found.peak == pytest.approx(kept + 4 * (stays + largest))
+
+    on_host = dataclasses.replace(layout, parameters_on="cpu", optimizer_on="cpu")
+    offloaded = predict(SIZES, on_host, Load(1))
+    without = predict(SIZES, dataclasses.replace(on_host, copied=0), Load(1))
+    assert offloaded.host - without.host == pytest.approx(found.copy)
+    assert offloaded.peak == pytest.approx(
+        offloaded.gradients + offloaded.buffers + 4 * (stays + largest)
+    )
+
+
+def test_one_rank_has_no_parts() -> None:
+    """Check that one data-parallel rank at stage 3 holds the copy once, unless it offloads."""
+    alone = Layout(zero_stage=3, half=True, copied=4, optimizer_on="cpu")
+    found = predict(SIZES, alone, Load(1))
+    without = predict(SIZES, dataclasses.replace(alone, copied=0), Load(1))
+    assert found.peak - without.peak == found.copy == 4 * rank_parameters(SIZES, 1)
+    assert dataclasses.replace(alone, parameters_on="cpu").shares_copy

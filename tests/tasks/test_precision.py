@@ -34,7 +34,7 @@ from megatron_interbert.tasks.shop.catalogue import Catalogue
 from megatron_interbert.tasks.shop.scorer import ItemScorer
 from megatron_interbert.training import evaluation
 from megatron_interbert.training.evaluation import DownstreamEvaluation
-from megatron_interbert.training.evaluation_copy import WholeCopy
+from megatron_interbert.training.evaluation_copy import EvaluationCopy
 from tests.corpus import write_store
 from tests.model.test_model import SMALL, examples
 from tests.tasks.test_retrieval import open_pairs, sizes
@@ -242,7 +242,7 @@ def test_evaluation_during_training(monkeypatch: pytest.MonkeyPatch, name: str) 
         return {"R@1": 50.0}
 
     precision = Precision(name)
-    copy = WholeCopy(precision.convert(InterBert(sizes(), ("itm",))), ParallelState(), CPU)
+    copy = EvaluationCopy(precision.convert(InterBert(sizes(), ("itm",))), ParallelState())
     judge = DownstreamEvaluation(copy, evaluate, CPU, precision)
     figures, line = judge.run(SimpleNamespace(ema=None), Watching(), lambda: False)
     assert (figures, line) == ({"R@1": 50.0}, "R@1 50.00")

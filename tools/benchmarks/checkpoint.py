@@ -178,20 +178,20 @@ def measure(options: Options) -> dict[str, Any]:
         f"model {options.model}, batch {options.batch}, ZeRO-{options.zero_stage},"
         f" {step.engine.precision}, medians of {options.repeats}"
     )
-    print(f"{'training step':<46}{saves['step']:>9.3f} s")
+    print(f"{'training step':<52}{saves['step']:>9.3f} s")
     rows = [
         ("training waits for our save", "stall"),
         ("DeepSpeed's engine.save_checkpoint (not flushed)", "deepspeed_save"),
         ("our save until it is on disk, flushed, hashed", "written"),
         ("a step while our save is written", "step_while_writing"),
-        ("a copy of our save's files, flushed", "copy"),
-        ("our save read into the engine", "read"),
+        ("a copy of our save's files from the page cache, flushed", "copy"),
+        ("our save read into the engine, from the page cache", "read"),
     ]
     for title, key in rows:
         if key in saves:
-            print(f"{title:<50}{saves[key]:>5.3f} s  {saves[key] / saves['step']:>7.2f} of a step")
+            print(f"{title:<56}{saves[key]:>5.3f} s  {saves[key] / saves['step']:>7.2f} of a step")
 
     for title, speed in speeds.items():
-        print(f"{title:<46}{speed:>9.0f} MB/s {speed / speeds['copy']:>6.2f} of a copy")
+        print(f"{title:<52}{speed:>9.0f} MB/s {speed / speeds['copy']:>6.2f} of a copy")
 
     return {"seconds": saves, "megabytes_per_second": speeds}
