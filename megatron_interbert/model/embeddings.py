@@ -10,6 +10,13 @@ from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.layers import VocabParallelEmbedding
 
 
+def empty_embedding(rows: int, columns: int) -> nn.Embedding:
+    """Build an embedding without drawing weights: for a model without memory torch would import its
+    compiler for that, which takes two seconds.
+    """
+    return nn.Embedding.from_pretrained(torch.empty(rows, columns), freeze=False)
+
+
 class TextEmbedding(nn.Module):
     """Embed text tokens by word + position + type, LayerNorm and dropout: ids [Nt] -> [Nt, H]."""
 
@@ -19,8 +26,8 @@ class TextEmbedding(nn.Module):
         super().__init__()
         self.kernels = kernels
         self.word = VocabParallelEmbedding(config.padded_vocab_size, config.hidden_size, group)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.position = empty_embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = empty_embedding(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout = config.hidden_dropout
 

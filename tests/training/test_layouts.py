@@ -29,7 +29,7 @@ from tests.corpus import write_store
 from tests.dist import run_on_ranks
 
 BATCH = 8
-STEPS = 4
+STEPS = 3
 LAYOUTS = {1: [1], 2: [1, 2], 4: [2]}  # processes -> tensor-parallel sizes
 
 
