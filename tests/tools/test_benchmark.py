@@ -83,7 +83,7 @@ def test_contenders_side_by_side(measured, tmp_path):
     texts = [element.text for element in picture.iter("{http://www.w3.org/2000/svg}text")]
     assert [text for text in texts if text in contenders] == list(contenders)
     code, out, err = launch(
-        *COMMAND, "--only", "ours", "--compare", folder / "figures.json", "--tolerance", 0.99
+        *COMMAND, "--only", "ours,LXMERT", "--compare", folder / "figures.json", "--tolerance", 0.99
     )
     assert code == 0, out + err
     assert "no lead has shrunk by more than 99%" in out
