@@ -134,7 +134,7 @@ def begin_entry() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-ENDING = threading.Event()  # set when this process is about to end, for an error that it knows
+ENDING = threading.Event()  # set when an error is about to end this process
 _last_actions: list[Callable[[], None]] = []
 
 

@@ -170,7 +170,7 @@ class Watchdog:
                 continue
 
             verdict = self._connection.exchange(pulse, now)
-            # a rank that ends for an error of all ranks has nothing to add
+            # a rank that is ending for an error has no need to report the others
             if verdict == THE_END or ENDING.is_set():
                 return
             if verdict is None and over and self._connection.silence() > NO_ANSWER:

@@ -1,9 +1,9 @@
 """Share a model's weights among data-parallel ranks that use it for different work.
 
 Every rank keeps an equal part of each parameter, and gathers the whole when it reads it. Gathering
-takes all ranks, yet each works at its own pace. So a rank that lacks weights meets the others: all
-say what they lack, and gather a part of that together. A rank whose work is done goes on meeting
-until the others' is done too.
+takes all ranks, yet each works at its own pace. So a rank that lacks weights meets the others: each
+says what it lacks, and they gather one unit of it together. A rank that has finished keeps meeting
+until all have.
 """
 
 from typing import Any
@@ -21,10 +21,9 @@ class SharedWeights:
     gathers it whole on `device`.
 
     A part is flat, of ceil(elements / ranks) elements, and is kept on `kept_on`. Parameters are
-    gathered by units: a layer, or a part of the model outside of its stacks. What is gathered stays
-    while it has at most `most` elements; beside it there may be one unit that another rank lacks,
-    and a unit larger than `most` is gathered nevertheless. Raises ValueError for a parameter that
-    two modules share: it would be two.
+    gathered by unit: a layer, or a part of the model outside its stacks. Up to `most` gathered
+    elements stay in memory, plus one unit for another rank; a unit larger than `most` is gathered
+    all the same. Raises ValueError if two modules share a parameter.
     """
 
     def __init__(
@@ -79,14 +78,14 @@ class SharedWeights:
             pass
 
     def drop(self) -> None:
-        """Give back what is gathered."""
+        """Free what is gathered."""
         self._gathered.clear()
 
     def _meet(self, lacking: str | None) -> bool:
         """Gather the first of all units that any rank lacks; keep it if this one is `lacking` it.
         Return whether any rank lacks something.
 
-        One unit at a time, so that ranks whose work differed come into step again.
+        One unit at a time, so that ranks that have drifted apart get back in step.
         """
         units = list(self._units)
         nothing = len(units)
@@ -118,8 +117,8 @@ class SharedWeights:
         return whole
 
     def _make_room(self, elements: int) -> None:
-        """Drop what was gathered last until `elements` more are within `most`: a model is read in
-        the same order again and again, so that is needed again last.
+        """Drop the units gathered most recently until `elements` more are within `most`: every pass
+        reads the model in the same order, so they are the last to be needed again.
         """
         while self._gathered and self.gathered + elements > self.most:
             self._gathered.popitem()

@@ -29,13 +29,12 @@ class EvaluationCopy:
     def take(self, trained: FragmentedState, kind: str) -> None:
         """Take the weights (`kind` "weight") or their average ("ema"); call it on all ranks."""
         if self.weights:
-            self.weights.drop()
             trained.copy_parts(self.weights.parts, kind)
         else:
             trained.copy_into(self.model, kind)
 
     def finish(self) -> None:
-        """Wait for the other ranks, and give back what only an evaluation needs."""
+        """Wait for the other ranks, and free what only an evaluation needs."""
         if self.weights:
             self.weights.finish()
             self.weights.drop()

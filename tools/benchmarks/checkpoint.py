@@ -1,5 +1,6 @@
 """Measure what a save costs training, and how fast checkpoints are written, read, converted."""
 
+import functools
 import shutil
 import statistics
 import tempfile
@@ -118,9 +119,10 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
             float(step.checkpoints.messages()[-1].split("on disk after ")[1].split()[0])
         )
         saved = step.checkpoints.newest
-        found["copy"].append(seconds(lambda saved=saved: copy_flushed(saved, folder / "copy")))
+        copy = functools.partial(shutil.copytree, copy_function=copy_flushed)
+        found["copy"].append(seconds(functools.partial(copy, saved, folder / "copy")))
         shutil.rmtree(folder / "copy")
-        found["read"].append(seconds(lambda saved=saved: step.checkpoints.load(step.engine, saved)))
+        found["read"].append(seconds(functools.partial(step.checkpoints.load, step.engine, saved)))
         theirs = folder / "deepspeed"
         found["deepspeed_save"].append(
             seconds(lambda to=theirs: step.engine.deepspeed.save_checkpoint(str(to), tag="x"))
@@ -132,11 +134,9 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
     return {name: statistics.median(values) for name, values in found.items() if values}
 
 
-def copy_flushed(folder: Path, to: Path) -> None:
-    """Copy the files of a folder one after the other, each until it is on disk."""
-    to.mkdir()
-    for file in sorted(folder.iterdir()):
-        flush_file(Path(shutil.copyfile(file, to / file.name)))
+def copy_flushed(file: str | Path, to: str | Path) -> None:
+    """Copy a file and wait until the copy is on disk."""
+    flush_file(Path(shutil.copyfile(file, to)))
 
 
 def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[str, float]:
@@ -146,9 +146,7 @@ def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[s
     source = open_weights(step.config.save)
     megabytes = Output(source).bytes() / 1e6
     file = next(source.path.glob("weights-*"))
-    ways: dict[str, Callable[[Path], Any]] = {
-        "copy": lambda to: flush_file(Path(shutil.copyfile(file, to)))
-    }
+    ways: dict[str, Callable[[Path], Any]] = {"copy": functools.partial(copy_flushed, file)}
 
     for kind, ranks in (("sharded", 1), ("sharded", 2), ("huggingface", 1), ("official", 1)):
         name = f"{kind} TP{ranks}" if kind == "sharded" else kind
