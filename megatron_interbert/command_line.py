@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import yaml
@@ -23,6 +24,8 @@ from megatron_interbert.config.options import (
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.reading import read_text
 
+# options that may name a file beside the YAML that sets them
+BESIDE = ("deepspeed_config", "model")
 FLAG = re.compile("--[A-Za-z0-9_-]+")
 RECIPE = "the launcher's recipe"  # origin of settings that the launcher makes and the user does not
 TITLES = {
@@ -346,8 +349,16 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
         if name in result:
             raise UsageError(f"{path}: '{key}' sets {flag(name)} a second time; leave one of them")
         result[name] = from_yaml(entries[name], value, f"{path}: '{key}'")
+        if name in BESIDE and isinstance(result[name], str):
+            result[name] = beside(path, result[name])
 
     return result
+
+
+def beside(path: str, name: str) -> str:
+    """Return the path of a file that a YAML names, if it is there beside it; else the name."""
+    found = Path(path).parent / name
+    return str(found) if name and found.is_file() else name
 
 
 def key_of(word: str) -> str:
@@ -393,10 +404,10 @@ def to_float(value: Any, where: str) -> float:
 
 def span(text: str) -> tuple[int, int]:
     """Read (36, 36) from `36`, and (10, 100) from `10-100`."""
-    low, _, high = text.partition("-")
+    low, dash, high = text.partition("-")
 
     try:
-        found = int(low), int(high or low)
+        found = int(low), int(high if dash else low)
     except ValueError:
         found = (0, 0)
 

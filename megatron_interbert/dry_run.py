@@ -6,7 +6,8 @@
 It takes the flags of pretrain. Each rank is rehearsed in turn with this project's model and
 DeepSpeed's engine, on tensors that have shapes and no content, with a process group whose other
 ranks do not exist. Ranks that would call different collectives, and so hang, are found before a
-GPU is paid for. Activations are those of plain torch operations: fused GPU kernels keep less.
+GPU is paid for, and with --device a run that does not fit. Kernels are those that a run on GPUs
+takes: `--kernels torch` rehearses plain torch operations, which keep more for the backward pass.
 """
 
 import multiprocessing
@@ -15,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,11 +37,12 @@ from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.planning.layout import rank_parameters
 from megatron_interbert.planning.memory import Memory, predict
+from megatron_interbert.planning.timing import MACHINES
 from megatron_interbert.planning.traffic import Traffic, step_traffic
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.pretraining import PretrainingTask, pretraining_job
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.training.deepspeed_config import agree_with_json, merge
+from megatron_interbert.training.deepspeed_config import agree_with_json, described_offload, merge
 from megatron_interbert.training.micro_batch import layout_of
 from megatron_interbert.training.model_plan import plan_model
 from megatron_interbert.virtual.comparison import find_hang, missing_or_double
@@ -52,9 +55,11 @@ from megatron_interbert.virtual.rank import (
     without_values,
 )
 from megatron_interbert.virtual.samples import random_examples
+from megatron_interbert.virtual.stand_ins import triton_without_gpu
 from megatron_interbert.virtual.tracking import Volumes
 
 GIB = 2**30
+SPARE = 0.1  # share of a GPU's memory that its driver and fragments may take
 
 
 @dataclass
@@ -81,6 +86,12 @@ class DryRunConfig(RunConfig):
     processes: int = option(
         0, "ranks rehearsed at a time; default: one per core", least=0, group="dry run"
     )
+    device: str = option(
+        "", "GPU of the run by name; the run must fit its memory", ("", *MACHINES), group="dry run"
+    )
+    gpu_memory: float = option(
+        0.0, "GiB of each GPU; default: that of --device", least=0, group="dry run"
+    )
     output: str = option("", "JSON file for the figures", group="dry run")
 
     def check(self) -> None:
@@ -91,6 +102,8 @@ class DryRunConfig(RunConfig):
                 f"--world-size {self.world_size} is not a multiple of --tensor-model-parallel-size"
                 f" {self.tensor_model_parallel_size}; change one of them"
             )
+        if self.device and not self.gpu_memory:
+            self.gpu_memory = MACHINES[self.device].memory_gib
         if self.micro_batch_size == AUTO:
             raise UsageError("--micro-batch-size auto is found by trial on a device; give a number")
 
@@ -119,7 +132,11 @@ def settle(config: DryRunConfig) -> None:
     config.data_parallel_size = config.world_size // config.tensor_model_parallel_size
     config.fit_zero_stage(config.world_size)
     merge(config, config.data_parallel_size)
-    config.kernels = "torch"
+    if config.kernels == "auto" and not find_spec("triton"):
+        config.kernels = "torch"
+        config.notes.append("note: triton is not installed; plain torch operations are rehearsed")
+    elif config.kernels == "auto":
+        config.kernels = "triton"
 
 
 def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
@@ -128,7 +145,7 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
     torch.set_num_threads(1)
 
     try:
-        with one_of(config.world_size, rank):
+        with one_of(config.world_size, rank), triton_without_gpu(config.kernels):
             state = VirtualState(config.tensor_model_parallel_size, config.sequence_parallel)
             job = random_job(config) if config.words else pretraining_job(config, state)
             plan = plan_model(config, job, state, HERE)
@@ -207,24 +224,36 @@ def planned_traffic(config: DryRunConfig, rehearsal: Rehearsal) -> Traffic:
     return step_traffic(rehearsal.sizes, layout, rehearsal.tokens)
 
 
+def announce(config: DryRunConfig) -> str:
+    """Return a line on what is about to be rehearsed."""
+    tensor = config.tensor_model_parallel_size
+    precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
+    offload = described_offload(merge(config, config.data_parallel_size))
+
+    return (
+        f"rehearsing {len(config.chosen_ranks())} of {config.world_size} ranks:"
+        f" DP{config.data_parallel_size} x TP{tensor}, ZeRO-{config.zero_stage}{offload},"
+        f" {precision}, {config.kernels} kernels; micro-batch {config.micro_batch_size}, global"
+        f" batch {config.global_batch_size}"
+    )
+
+
 def describe(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
     """Return the lines of the report."""
     first = rehearsals[0]
     largest = max(rehearsals, key=lambda one: one.peak)
     planned = planned_memory(config, largest)
-    tensor = config.tensor_model_parallel_size
-    each = rank_parameters(first.sizes, tensor)
-    precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
+    each = rank_parameters(first.sizes, config.tensor_model_parallel_size)
+    host = ""
+    if planned.host:
+        host = f", of which the host has {planned.host / GIB:.2f} by plan"
 
     return [
-        (
-            f"layout: DP{config.data_parallel_size} x TP{tensor} ({config.world_size} ranks),"
-            f" ZeRO-{config.zero_stage}, {precision}; {each / 1e6:.1f} M parameters a"
-            " tensor-parallel rank"
-        ),
+        f"parameters: {each / 1e6:.1f} M on a tensor-parallel rank",
         (
             f"memory of a rank: {largest.states / GIB:.2f} GiB between steps, peak"
-            f" {largest.peak / GIB:.2f} (planned {planned.together / GIB:.2f}), rank {largest.rank}"
+            f" {largest.peak / GIB:.2f} (planned {planned.together / GIB:.2f}), rank"
+            f" {largest.rank}{host}"
         ),
         f"collectives of a step of rank {first.rank}, with the bytes that it contributes:",
         *table(Volumes.of(first.collectives), planned_traffic(config, first)),
@@ -256,6 +285,29 @@ def check_together(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[st
         raise UsageError(f"a checkpoint would be wrong: {problem}")
 
     return [*lines, "checkpoint: each element of weights and moments is saved once"]
+
+
+def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
+    """Return a line on the memory of the GPU, if it is known; UsageError if a rank needs more.
+
+    Tracked memory is that of device and host together; what is offloaded is taken off by plan.
+    """
+    there = config.gpu_memory * GIB
+    if not there:
+        return []
+
+    largest = max(rehearsals, key=lambda one: one.peak)
+    needed = largest.peak - planned_memory(config, largest).host
+    said = f"{needed / GIB:.2f} of {there / GIB:g} GiB of the GPU, rank {largest.rank}"
+    if needed > there:
+        raise UsageError(
+            f"the run would not fit: {said}; lower --micro-batch-size, or see interbert plan"
+        )
+
+    tight = needed > (1 - SPARE) * there
+    spare = f", with less than {SPARE:.0%} for driver and allocator" if tight else ""
+
+    return [f"fits: {said}{spare}"]
 
 
 def record(config: DryRunConfig, rehearsals: list[Rehearsal]) -> dict[str, Any]:
@@ -295,12 +347,13 @@ def dry_run(config: DryRunConfig) -> None:
     deepspeed.accelerator.set_accelerator(CPU_Accelerator())
     quiet_libraries()
     settle(config)
-    print(*config.notes, sep="\n", end="\n" * bool(config.notes), flush=True)
+    print(*config.notes, announce(config), sep="\n", flush=True)
     rehearsals = rehearse_all(config)
     print(*describe(config, rehearsals), sep="\n", flush=True)
     print(*check_together(config, rehearsals), sep="\n", flush=True)
     if config.output:
         write_output(Path(config.output), json_text(record(config, rehearsals)), "--output")
+    print(*check_fit(config, rehearsals), sep="\n", flush=True)
 
 
 def run() -> None:

@@ -30,7 +30,7 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, at_end, run_entry
 from megatron_interbert.files import check_writable, nearest_folder, write_json
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
-from megatron_interbert.machines.host import same_bits_every_time
+from megatron_interbert.machines.host import free_memory, same_bits_every_time
 from megatron_interbert.machines.node_table import compare_nodes, device_in_use
 from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
@@ -49,16 +49,20 @@ from megatron_interbert.tasks.pretraining import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
+    blocks_on_disk,
+    described_offload,
     merge,
     read_deepspeed_config,
 )
-from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, memory_of, needed_on
+from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, needed_on
 from megatron_interbert.training.model_plan import build_model, plan_model
-from megatron_interbert.training.optimizer import learning_rate
+from megatron_interbert.training.optimizer import elements, learning_rate
 from megatron_interbert.training.resume import check_same_model, newest_manifest
+from megatron_interbert.training.room import room_of
 from megatron_interbert.training.run import random_streams
+from megatron_interbert.training.swap import check_folder, prepare_swap
 
 REQUIRED = {
     "torch": (2, 10),
@@ -138,7 +142,7 @@ def check_batch(config: PreflightConfig) -> str:
     return (
         f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x"
         f" accumulation {engine['gradient_accumulation_steps']}; TP"
-        f" {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}"
+        f" {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}{described_offload(engine)}"
     )
 
 
@@ -290,12 +294,16 @@ def check_step(config: PreflightConfig) -> str:
     streams = random_streams(alone, state, device)
     kernels = plan.kernels
     trial = Trial(alone, job, state, device, kernels)
-    samples = samples_for_one_process(trial)
     memory = memory_of_run(config, job, trial.batch(config.micro_batch_size), kernels, device)
+    samples, lacking = samples_for_one_process(trial)
     if not samples:
-        return f"not tried: the whole model does not fit one GPU; {memory}"
+        return f"not tried: one process, which holds the whole model, needs {lacking}; {memory}"
 
-    engine = Engine(build_model(plan, alone, streams, device), alone, state)
+    names = plan.without_memory()
+    settings = engine_settings(alone, state, names)
+    settings = prepare_swap(settings, elements(names.parameters()), ranks=1)
+    model = build_model(plan, alone, streams, device, settings)
+    engine = Engine(model, alone, state, settings=settings)
     FragmentedState(engine).fill_weights(plan.first_weights)
     streams.start_step(1)
     figures, norm = one_step(engine, job, trial.batch(samples), alone, device)
@@ -339,16 +347,29 @@ def ranks_of(config: PreflightConfig) -> int:
     return config.world_size // config.tensor_model_parallel_size
 
 
-def samples_for_one_process(trial: Trial) -> int:
-    """Return how many samples of a micro-batch fit one process that holds the whole model."""
+def samples_for_one_process(trial: Trial) -> tuple[int, str]:
+    """Return (how many samples of a micro-batch fit one process that holds the whole model, what
+    the first number that was tried lacks).
+    """
+    paths = {block["nvme_path"] for block in blocks_on_disk(merge(trial.config, 1)).values()}
+    room = room_of(trial, min(map(free_space, paths), default=math.inf))
     samples = trial.config.micro_batch_size
+    lacking = ""
 
-    if trial.device.type == "cuda":
-        room = memory_of(trial.device)
-        while samples and not trial.fits(trial.batch(samples), room):
-            samples //= 2
+    while samples:
+        memory = predict(trial.job.model_config, trial.layout, load_of(trial.batch(samples)))
+        if not (short_of := room.shortage(memory)):
+            break
+        lacking = lacking or short_of
+        samples //= 2
 
-    return samples
+    return samples, lacking
+
+
+def free_space(path: str) -> int:
+    """Return the free bytes of the disk of a swap folder; UsageError if it does not exist."""
+    check_folder(path)
+    return shutil.disk_usage(path).free
 
 
 def memory_of_run(
@@ -364,15 +385,18 @@ def memory_of_run(
     said = f"{predicted:.2f} GiB predicted per rank"
     if memory.disk:
         said += f", and {memory.disk / 1e9:.1f} GB of its disk"
-    if device.type != "cuda":
-        return said
 
-    there = torch.cuda.get_device_properties(device).total_memory / 2**30
+    on_gpu = device.type == "cuda"
+    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else free_memory()
+    there /= 2**30
+    what = "the GPU has" if on_gpu else "this machine has for all of its ranks"
     if predicted > there:
         raise UsageError(
-            f"{predicted:.1f} GiB predicted per rank, the GPU has {there:.1f}; lower"
+            f"{predicted:.1f} GiB predicted per rank, {what} {there:.1f}; lower"
             " --micro-batch-size (or let auto choose it), or see interbert plan"
         )
+    if not on_gpu:
+        return f"{said}; {what} {there:.1f} GiB"
 
     if layout.offloads:
         said += f", and {memory.host / 2**30:.2f} GiB of its host"

@@ -3,6 +3,7 @@ tests what it finds later.
 """
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from megatron_interbert import preflight
 from megatron_interbert.preflight import PreflightConfig
 from tests.corpus import write_store
 from tests.launching import TINY, launch
+from tests.training.test_room import HUGE
+from tests.training.test_swap import needs_built_library
 
 
 @pytest.mark.parametrize(
@@ -64,3 +67,31 @@ def test_the_trial_has_a_deepspeed_json_of_its_own_for_as_long_as_it_runs(
     last.pop()()
     assert not own.parent.exists()
     assert given.exists()
+
+
+@needs_built_library
+def test_the_step_is_tried_where_the_model_fits(tmp_path: Path) -> None:
+    """Check that the step of a model that is too large is refused or left out, and that offload to
+    a disk leaves nothing there.
+    """
+    store = write_store(tmp_path / "store")
+    (tmp_path / "nvme").mkdir()
+    command = (sys.executable, "-m", "megatron_interbert.preflight", "--data-path", store, "--fast")
+    to_disk = ("--bf16", "--deepspeed-config", "zero3_nvme", "--nvme-path", tmp_path / "nvme")
+
+    code, out, err = launch(*command, *TINY, *to_disk, "--world-size", 2, warm=False)
+    assert code == 0, out + err
+    assert "ZeRO-3, offload of optimizer to nvme and parameters to nvme" in out
+    assert "ok      step         losses msm" in out
+    assert not list((tmp_path / "nvme").iterdir())
+
+    sizes = tmp_path / "huge.json"
+    sizes.write_text(json.dumps(HUGE))
+    large = ("--model", sizes, "--micro-batch-size", 1)
+    code, out, err = launch(*command, *large, "--bf16", "--world-size", 2)
+    assert code == 2, out + err
+    assert re.search(r"FAILED  step +[\d.]+ GiB predicted per rank, ", out)
+
+    code, out, err = launch(*command, *large, *to_disk, "--zero-stage", 3, "--world-size", 4096)
+    assert code == 0, out + err
+    assert re.search(r"ok      step +not tried: one process, which holds .* needs [\d.]+ GiB", out)

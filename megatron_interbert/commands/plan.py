@@ -14,6 +14,7 @@ compared either. --search also tries sequence parallelism, and writes the best l
 """
 
 import dataclasses
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,9 +42,16 @@ from megatron_interbert.planning.search import (
 from megatron_interbert.planning.timing import MACHINES, Machine, StepTime, step_time
 from megatron_interbert.planning.traffic import expected_tokens
 
-LAYOUT = ("data", "tensor", "sequence", "ZeRO", "recompute", "offload")
-TIME = ("compute", "tensor", "data", "update", "offload")
+# columns of the tables
+LAYOUT = ("DP", "TP", "SP", "ZeRO", "recompute", "offload")
 MEMORY = ("weights", "optimizer", "gradients", "buffers", "activations", "peak", "host")
+TIME = {
+    "compute": "compute s",
+    "tensor": "TP s",
+    "data": "ZeRO s",
+    "update": "update s",
+    "offload": "offload s",
+}
 PLACES = {"none": "no", "cpu": "host", "nvme": "disk"}
 
 
@@ -147,6 +155,8 @@ class Options(Flags):
             raise UsageError("--nvme-space needs --host-memory, through which all data pass")
         if self.search and not self.device:
             raise UsageError("--search needs --device, by whose speed it chooses")
+        if self.search and Path(self.search).exists() and not Path(self.search).is_dir():
+            raise UsageError(f"--search {self.search}: is a file, expected a folder to write to")
 
     def machine(self) -> Machine | None:
         """Return the device with what flags change of it; None without --device."""
@@ -240,7 +250,7 @@ def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options)
     """Return the lines of the tables: what fits, and what does not and why."""
     head = (*LAYOUT, "micro-batch", *MEMORY)
     if options.device:
-        head = (*head, "samples/s", *TIME)
+        head = (*head, "samples/s", *TIME.values())
     lines = []
 
     for row in rows:
@@ -256,19 +266,34 @@ def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options)
     room = options.gpu_memory * (1 - options.reserve)
     bits = "32 bits" if options.fp32 else "16 bits (ZeRO 1 to 3)"
     found = [
-        f"GiB of each of {options.gpus} devices, {room:g} of {options.gpu_memory:g} used at most",
         (
-            f"{bits}, {options.kernels} kernels; {'-'.join(map(str, options.words))} words and"
-            f" {'-'.join(map(str, options.regions))} regions a sample"
+            f"GiB of each of {counted(options.gpus)}, {room:g} of {options.gpu_memory:g} used at"
+            " most; the peak is that of the fullest moment, when not all parts are there"
+        ),
+        (
+            f"{bits}, {options.kernels} kernels; {written(options.words)} words and"
+            f" {written(options.regions)} regions a sample"
         ),
         *assumptions(options),
-        *aligned([head, *lines]),
     ]
+    if rows:
+        found += aligned([head, *lines])
     if left_out:
         reasons = [(*describe(layout), reason) for layout, reason in left_out]
         found += ["left out:", *aligned([(*LAYOUT, "because"), *reasons])]
 
     return found
+
+
+def counted(devices: int) -> str:
+    """Return a number of devices in words."""
+    return f"{devices} device{'s' * (devices != 1)}"
+
+
+def written(span: tuple[int, int]) -> str:
+    """Return a span as its flag is written."""
+    low, high = span
+    return f"{low}" if low == high else f"{low}-{high}"
 
 
 def assumptions(options: Options) -> list[str]:
@@ -320,26 +345,36 @@ def run(options: Options) -> None:
             left_out.append((layout, found))
 
     rows.sort(key=lambda row: -row.rate)  # stable: without a device the order stays
-    if not rows:
-        raise UsageError(nothing_fits(options))
-
     print("\n".join(table(rows, left_out, options)))
     for tensor, reason in refused_tensors(sizes, options.gpus):
-        print(f"tensor {tensor}: {reason}")
+        print(f"TP {tensor}: {reason}")
+    if not rows:
+        sys.stdout.flush()
+        raise UsageError(nothing_fits(options, [layout for layout, _ in left_out]))
+
     if options.search:
-        print("\n".join(write_recipe(Path(options.search), options.model, rows[0].fit)))
+        folder = Path(options.search)
+        best = rows[0].fit
+        told = write_recipe(folder, options.model, best, options.device, options.gpus_per_node)
+        print(*told, sep="\n")
     if options.output:
         found = [as_record(row) for row in rows]
         write_output(Path(options.output), json_text({"layouts": found}), "--output")
 
 
-def nothing_fits(options: Options) -> str:
+def nothing_fits(options: Options, tried: list[Layout]) -> str:
     """Say that no layout fits, and what is missing."""
+    batches = options.batches()
+    undivided = [batches.undivided(layout) for layout in tried]
+    if undivided and all(undivided):
+        return f"no layout of {counted(options.gpus)} can share the batch: {undivided[0]}"
+
     less = "fewer samples at a time" if options.micro_batch_size else "a smaller model"
-    offload = "" if options.host_memory else ", or offload (--host-memory)"
+    more = "(--host-memory)" if not options.host_memory else "to a disk (--nvme-space)"
+    offload = "" if options.nvme_space else f", or offload {more}"
 
     return (
-        f"nothing fits {options.gpus} devices of {options.gpu_memory:g} GiB; try more of them, or"
+        f"nothing fits {counted(options.gpus)} of {options.gpu_memory:g} GiB; try more of them, or"
         f" {less}{offload}"
     )
 

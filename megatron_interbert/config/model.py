@@ -135,7 +135,10 @@ def model_config_from_dict(values: dict[str, Any], where: str) -> ModelConfig:
     known = {f.name for f in dataclasses.fields(ModelConfig)}
     for name in values:
         if name not in known:
-            raise UsageError(f"{where}: unknown model key '{name}'{nearest(name, known)}")
+            raise UsageError(
+                f"{where}: unknown model key '{name}'{nearest(name, known)}; known are"
+                f" {', '.join(sorted(known))}"
+            )
 
     try:
         return ModelConfig(**values)

@@ -63,7 +63,8 @@ class ModelSettings(Flags):
 
     model: str = setting(
         "sample",
-        "preset (tiny, sample, sample-chinese, base, base-chinese, large) or a JSON file of sizes",
+        "preset (tiny, sample, sample-chinese, base, base-chinese, large, m6-10b-dense) or a JSON"
+        " file of sizes",
         FREE,
     )
     init_from: str = setting(

@@ -35,6 +35,7 @@ from megatron_interbert.signals import identity
 START_SECONDS = 300  # for nccl or gloo to connect ranks that have already met
 SAY_NOTHING = (
     "OVERFLOW! Skipping step",  # the loop reports it itself
+    "Offloading to NVMe can generate heavy write traffic",  # docs/scaling.md says so
     # about inputs without gradients
     "unknown inputs or outputs type (<class 'megatron_interbert.data.packing.PackedBatch'>)",
 )

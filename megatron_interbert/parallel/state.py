@@ -35,7 +35,7 @@ class ParallelState:
         if self.world_size % tensor_parallel_size:
             raise UsageError(
                 f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the"
-                f" {self.world_size} processes; start a multiple of it (deepspeed --num_gpus N)"
+                f" {self.world_size} processes; start a multiple of it"
             )
 
         self.tensor_size = tensor_parallel_size

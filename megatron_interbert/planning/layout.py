@@ -14,6 +14,11 @@ from megatron_interbert.parallel.state import ParallelState
 BUCKET = 50_000_000  # most gradients that are reduced at once
 SUB_GROUP = 100_000_000  # about as many parameters are updated at once
 LIVE = 1_000_000_000  # most parameters that stage 3 keeps gathered
+# pinned buffers that DeepSpeed keeps to read and write a disk: of groups of the update, and of
+# parameters
+SWAP_BUFFERS = 4
+PARAMETER_BUFFERS = 5
+IN_MEMORY = 1_000_000_000  # most parameters of a rank that have a place on its host beside the disk
 PREFETCH = 50_000_000  # most parameters that stage 3 gathers at once, unless one is larger
 # bytes per parameter: of an fp32 value, and of its two Adam moments
 FP32 = 4
@@ -46,6 +51,10 @@ class Layout:
     sub_group: int = SUB_GROUP
     live: int = LIVE
     prefetch: int = PREFETCH
+    swap_buffers: int = SWAP_BUFFERS
+    parameter_buffers: int = PARAMETER_BUFFERS
+    in_memory: int = IN_MEMORY
+    parameter_buffer: int = 0  # elements of each; 0: a rank's share of the largest parameter
 
     @property
     def shares_nothing(self) -> bool:
@@ -124,6 +133,12 @@ def rank_shapes(sizes: ModelConfig, tensor: int) -> dict[str, tuple[int, ...]]:
 def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
     """Count the trained parameters on one of `tensor` tensor-parallel ranks."""
     return sum(map(math.prod, rank_shapes(sizes, tensor).values()))
+
+
+@functools.cache
+def largest_parameter(sizes: ModelConfig, tensor: int) -> int:
+    """Count the elements of the largest trained parameter on one of `tensor` ranks."""
+    return max(map(math.prod, rank_shapes(sizes, tensor).values()))
 
 
 @functools.cache

@@ -16,16 +16,14 @@ from megatron_interbert.planning.layout import (
     ON_DISK,
     Layout,
     Load,
+    largest_parameter,
     largest_unit,
     rank_parameters,
-    rank_shapes,
     targets_of,
 )
 
-# pinned memory that DeepSpeed keeps for reading and writing: groups of the update, and elements of
-# parameters (its defaults)
-SWAP_BUFFERS = 5
-PARAMETER_BUFFERS = 5 * 100_000_000
+FLOAT64 = 8
+NORM_AT_ONCE = 250_000_000  # elements of a gradient whose norm DeepSpeed takes in float64
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     if layout.shares_nothing:
         held = held_alone(layout, parameters, table)
     elif layout.zero_stage == 3:
-        held = held_in_stage_3(layout, parameters)
+        held = held_in_stage_3(with_live(sizes, layout), parameters)
     else:
         held = held_in_stages_1_and_2(layout, parameters, table)
     if layout.averaged:
@@ -93,7 +91,7 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     if layout.optimizer_on != ON_DEVICE:
         held = offload_optimizer(held, layout, sizes)
     if layout.parameters_on != ON_DEVICE:
-        held = offload_parameters(held, layout)
+        held = offload_parameters(held, layout, sizes)
     kept, again = activations(sizes, layout, load)
     # the fused kernel writes the gradient over the logits
     each = layout.element if layout.fused else 2 * FP32
@@ -133,6 +131,16 @@ def held_alone(layout: Layout, parameters: int, table: float) -> Held:
         end=gradients + max(buffers, table),
         step=gradients + copies,
     )
+
+
+def with_live(sizes: ModelConfig, layout: Layout) -> Layout:
+    """Return a layout with the parameters that are really kept gathered: from a disk, only those
+    that are computed with; see engine_settings in training/engine.py.
+    """
+    if layout.parameters_on != ON_DISK:
+        return layout
+
+    return replace(layout, live=min(layout.live, largest_parameter(sizes, layout.tensor)))
 
 
 def held_in_stage_3(layout: Layout, parameters: int) -> Held:
@@ -178,7 +186,7 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     """Return what a rank holds if fp32 weights, moments and the update are on its host, or on its
     disk. Found in DeepSpeed's code and by dry runs.
     """
-    shapes = rank_shapes(sizes, layout.tensor).values()
+    largest = largest_parameter(sizes, layout.tensor)
     share = rank_parameters(sizes, layout.tensor) / layout.data
     passed = layout.element * share  # gradients at stage 3, weights below, on their way
     state = (2 * FP32 + ADAM) * share  # with the gradients of the update
@@ -186,22 +194,28 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     found = replace(held, optimizer=0.0, step=0.0, host=passed + average)
 
     if layout.zero_stage == 3:
-        found = replace(found, gradients=0.0, begin=held.begin - passed, end=held.end - passed)
+        in_norm = FLOAT64 * min(largest / layout.data, NORM_AT_ONCE)
+        end = held.end - passed + in_norm
+        found = replace(found, gradients=0.0, begin=held.begin - passed, end=end)
     else:
-        found = replace(found, host=found.host + FP32 * max(map(math.prod, shapes)))
+        found = replace(found, host=found.host + FP32 * largest)
 
     if layout.optimizer_on == ON_DISK:
-        at_once = SWAP_BUFFERS * FP32 * min(share, layout.sub_group)
+        at_once = layout.swap_buffers * FP32 * min(share, layout.sub_group)
         return replace(found, host=found.host + at_once, disk=state)
 
     return replace(found, host=found.host + state)
 
 
-def offload_parameters(held: Held, layout: Layout) -> Held:
+def offload_parameters(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     """Return what a rank holds if its share of the weights is on its host, or on its disk."""
     found = replace(held, weights=0.0)
     if layout.parameters_on == ON_DISK:
-        at_once = layout.element * PARAMETER_BUFFERS
+        largest = largest_parameter(sizes, layout.tensor)
+        each = layout.parameter_buffer or math.ceil(largest / layout.data)
+        share = rank_parameters(sizes, layout.tensor) / layout.data
+        at_once = layout.parameter_buffers * each + min(share, layout.in_memory)
+        at_once *= layout.element
         return replace(found, host=held.host + at_once, disk=held.disk + held.weights)
 
     return replace(found, host=held.host + held.weights)

@@ -1,6 +1,7 @@
 """Write a layout as files that a pretraining run takes: its flags, and DeepSpeed's JSON."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,23 +9,25 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_output
 from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK
 from megatron_interbert.planning.search import Fit
+from megatron_interbert.reading import read_text
 
 FLAGS = "run.yaml"
 ENGINE = "deepspeed.json"
+SIZES = "model.json"
 
 
-def settings_of(model: str, found: Fit, engine: Path) -> dict[str, Any]:
+def settings_of(model: str, found: Fit) -> dict[str, Any]:
     """Return the flags of a run in a layout, by name."""
     layout = found.layout
     settings = {
-        "model": str(Path(model).absolute()) if Path(model).is_file() else model,
+        "model": model,
         "tensor-model-parallel-size": layout.tensor,
         "sequence-parallel": layout.sequence_parallel,
         "recompute-activations": layout.recompute,
         "bf16": layout.half,
         "micro-batch-size": found.samples,
         "global-batch-size": found.samples * found.steps * layout.data,
-        "deepspeed-config": str(engine.absolute()),
+        "deepspeed-config": ENGINE,
     }
     if ON_DISK in (layout.optimizer_on, layout.parameters_on):
         settings["nvme-path"] = "/local"
@@ -53,23 +56,45 @@ def engine_json(found: Fit) -> dict[str, Any]:
     return {**dict.fromkeys(sizes, "auto"), "zero_optimization": zero}
 
 
-def write_recipe(folder: Path, model: str, found: Fit) -> list[str]:
-    """Write both files into a folder; return lines on how to use them."""
+def write_recipe(folder: Path, model: str, found: Fit, machine: str, per_node: int) -> list[str]:
+    """Write the files of a layout into a folder, which may be moved; return lines on how to use
+    them.
+
+    `machine` is the name of the device, of which a node has `per_node`.
+    """
     flags = folder / FLAGS
-    engine = folder / ENGINE
-    settings = settings_of(model, found, engine)
-    lines = (f"{name}: {json.dumps(value)}" for name, value in settings.items())
+    sizes = folder / SIZES if Path(model).is_file() else None
+    settings = settings_of(SIZES if sizes else model, found)
+    start, rehearsal = commands_of(flags, found, machine, per_node)
+    lines = [f"# {start}", f"# {rehearsal}"]
+    lines += [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
 
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--search {folder}: cannot be made ({error.strerror})") from error
 
-    write_output(engine, json.dumps(engine_json(found), indent=2) + "\n", "--search")
+    if sizes:
+        write_output(sizes, read_text(model, "--model"), "--search")
+    write_output(folder / ENGINE, json.dumps(engine_json(found), indent=2) + "\n", "--search")
     write_output(flags, "\n".join(lines) + "\n", "--search")
 
-    told = [f"{flags} and {engine} written: interbert pretrain --config {flags} --data-path DATA"]
+    told = [f"{flags} and {ENGINE} beside it written", f"start: {start}", f"rehearse: {rehearsal}"]
     if "nvme-path" in settings:
         told.append(f"{flags}: nvme-path is {settings['nvme-path']}; change it to each node's disk")
 
     return told
+
+
+def commands_of(flags: Path, found: Fit, machine: str, per_node: int) -> tuple[str, str]:
+    """Return the commands that start a run in a layout and that rehearse it."""
+    ranks = found.layout.data * found.layout.tensor
+    run = f"--config {flags} --data-path DATA --save RUN"
+    start = f"deepspeed --num_gpus {ranks} launchers/pretrain.sh {run}"
+    if ranks > per_node:
+        nodes = f"--nodes={math.ceil(ranks / per_node)} --gres=gpu:{per_node}"
+        start = f"sbatch {nodes} launchers/pretrain.sbatch {run}"
+
+    rehearsal = f"interbert dry-run --world-size {ranks} --device {machine} --config {flags}"
+
+    return start, f"{rehearsal} --data-path DATA"

@@ -28,12 +28,13 @@ PLACES = (
     (ON_DISK, ON_DISK),
 )
 DISTANCES = {ON_DEVICE: 0, ON_HOST: 1, ON_DISK: 2}
-# the JSON in ds_configs/ for each of PLACES but the first
+# the JSON in ds_configs/ by (optimizer, parameters, ZeRO stage)
 SHIPPED = {
-    (ON_HOST, ON_DEVICE): "zero2_offload_optimizer",
-    (ON_HOST, ON_HOST): "zero3_offload",
-    (ON_DISK, ON_DEVICE): "zero3_nvme_optimizer",
-    (ON_DISK, ON_DISK): "zero3_nvme",
+    (ON_HOST, ON_DEVICE, 2): "zero2_offload_optimizer",
+    (ON_HOST, ON_DEVICE, 3): "zero3_offload_optimizer",
+    (ON_HOST, ON_HOST, 3): "zero3_offload",
+    (ON_DISK, ON_DEVICE, 3): "zero3_nvme_optimizer",
+    (ON_DISK, ON_DISK, 3): "zero3_nvme",
 }
 
 
@@ -46,20 +47,24 @@ class Room:
     disk: float = 0.0
     one_memory: bool = False
 
+    def needed(self, memory: Memory) -> float:
+        """Return the bytes that a rank needs of its device."""
+        return memory.together if self.one_memory else memory.peak
+
     def shortage(self, memory: Memory) -> str:
         """Return what does not fit, and its largest part; nothing if all does."""
-        needed = memory.together if self.one_memory else memory.peak
+        needed = self.needed(memory)
         if needed > self.device:
             part = max(PARTS, key=lambda name: getattr(memory, name))
             largest = f"{PARTS[part]} {getattr(memory, part) / GIB:.1f}"
             if self.one_memory and memory.host > getattr(memory, part):
-                largest = f"offloaded {memory.host / GIB:.1f}"
-            return f"{needed / GIB:.1f} GiB ({largest}) of {self.device / GIB:.1f}"
+                largest = f"offloaded state {memory.host / GIB:.1f}"
+            return f"{needed / GIB:.1f} GiB ({largest}) of {self.device / GIB:.1f} GiB"
 
         if memory.host > self.host and not self.one_memory:
-            return f"{memory.host / GIB:.1f} GiB of host memory of {self.host / GIB:.1f}"
+            return f"{memory.host / GIB:.1f} GiB of host memory of {self.host / GIB:.1f} GiB"
         if memory.disk > self.disk:
-            return f"{memory.disk / 1e9:.1f} GB of disk of {self.disk / 1e9:.1f}"
+            return f"{memory.disk / 1e9:.1f} GB of disk of {self.disk / 1e9:.1f} GB"
 
         return ""
 
@@ -73,6 +78,20 @@ class Batches:
     sample: Load
     micro_batch: int = 0
     global_batch: int = 0
+
+    def undivided(self, layout: Layout) -> str:
+        """Return why the ranks of a layout cannot share the global batch; "" if they can."""
+        share, rest = divmod(self.global_batch, layout.data)
+        if rest:
+            return (
+                f"a global batch of {self.global_batch} is not a multiple of {layout.data}"
+                " data-parallel ranks"
+            )
+
+        if self.micro_batch and share % self.micro_batch:
+            return f"{self.micro_batch} samples do not divide a rank's share of {share}"
+
+        return ""
 
 
 @dataclass(frozen=True)
@@ -129,24 +148,19 @@ def is_sensible(layout: Layout) -> bool:
     if layout.zero_stage == 0 and layout.half:
         return False
 
+    shared = layout.data > 1 or layout.parameters_on != ON_DEVICE or ON_DISK in places(layout)
     if layout.offloads:
-        return layout.zero_stage == (2 if places(layout) == PLACES[1] else 3)  # as SHIPPED has them
+        return shipped_name(layout) in SHIPPED and (shared or layout.zero_stage == 2)
 
     return layout.data > 1 or layout.zero_stage < 2
 
 
 def fit(sizes: ModelConfig, layout: Layout, wanted: Batches, room: Room) -> Fit | str:
     """Return a layout with its micro-batch and memory; or in words why it is left out."""
-    share, rest = divmod(wanted.global_batch, layout.data)
-    if rest:
-        return (
-            f"a global batch of {wanted.global_batch} is not a multiple of {layout.data}"
-            " data-parallel ranks"
-        )
+    if undivided := wanted.undivided(layout):
+        return undivided
 
-    if wanted.micro_batch and share % wanted.micro_batch:
-        return f"{wanted.micro_batch} samples do not divide a rank's share of {share}"
-
+    share = wanted.global_batch // layout.data
     samples = micro_batch_of(sizes, layout, wanted, room, share)
     if samples < share:  # gradients of several micro-batches are held: fewer samples may fit
         layout = replace(layout, accumulates=True)
@@ -155,6 +169,8 @@ def fit(sizes: ModelConfig, layout: Layout, wanted: Batches, room: Room) -> Fit 
     load = replace(wanted.sample, samples=max(samples, 1))
     memory = predict(sizes, layout, load)
     if lacking := room.shortage(memory):
+        if room.needed(memory) <= room.device:  # of host and disk, which samples do not fill
+            return f"a rank needs {lacking}"
         plural = "s take" if load.samples > 1 else " takes"
         return f"{load.samples} sample{plural} {lacking}"
 
@@ -176,17 +192,43 @@ def micro_batch_of(
 
 
 def nearest_fit(
-    sizes: ModelConfig, layout: Layout, load: Load, room: Room, micro_batch: int
+    sizes: ModelConfig,
+    layout: Layout,
+    load: Load,
+    room: Room,
+    micro_batch: int,
+    has_bf16: bool = False,
 ) -> Fit | None:
     """Return the layout with the same ranks that fits and differs least from `layout`, with its
     micro-batch (no larger than before; gradients of several add up to the same step); or None.
 
-    `load` is that of a whole micro-batch, which may have more rows than samples.
+    `load` is that of a whole micro-batch, which may have more rows than samples. With `has_bf16`
+    the device can compute in it.
+    """
+    found = nearby_fits(sizes, layout, load, micro_batch, has_bf16)
+    return next((one for one in found if not room.shortage(one.memory)), None)
+
+
+def smallest_nearby(
+    sizes: ModelConfig, layout: Layout, load: Load, room: Room, has_bf16: bool = False
+) -> Fit:
+    """Return the layout with the same ranks, and one sample at a time, that needs least of what
+    `room` counts.
+    """
+    found = nearby_fits(sizes, layout, replace(load, samples=1), 1, has_bf16)
+    return min(found, key=lambda one: room.needed(one.memory))
+
+
+def nearby_fits(
+    sizes: ModelConfig, layout: Layout, load: Load, micro_batch: int, has_bf16: bool
+) -> Iterator[Fit]:
+    """Yield the layouts near to `layout`, and micro-batches, with their memory; the nearest first,
+    whether they fit or not.
     """
     micro_batches = [n for n in range(micro_batch, 0, -1) if micro_batch % n == 0]
     candidates = [
         (distance(layout, other) + 2 * math.log2(micro_batch / samples), other, samples)
-        for other in nearby_layouts(sizes, layout)
+        for other in nearby_layouts(sizes, layout, has_bf16)
         if is_nearby(layout, other)
         for samples in micro_batches
     ]
@@ -196,24 +238,24 @@ def nearest_fit(
         more = layout.data * micro_batch > other.data * samples
         other = replace(other, accumulates=layout.accumulates or more)
         memory = predict(sizes, other, replace(load, samples=rows))
-        if not room.shortage(memory):
-            steps = layout.data * micro_batch // (other.data * samples) or 1
-            return Fit(other, samples, steps, memory)
-
-    return None
+        steps = layout.data * micro_batch // (other.data * samples) or 1
+        yield Fit(other, samples, steps, memory)
 
 
-def nearby_layouts(sizes: ModelConfig, layout: Layout) -> Iterator[Layout]:
-    """Yield a layout itself, also where `layouts` would not list it, and all others of its ranks;
-    those that want another JSON take the numbers of the shipped ones.
+def nearby_layouts(sizes: ModelConfig, layout: Layout, has_bf16: bool) -> Iterator[Layout]:
+    """Yield a layout itself, also where `layouts` would not list it, and all others of its ranks,
+    in its precision and, with `has_bf16`, in 16 bits; those that want another JSON take the numbers
+    of the shipped ones.
     """
     yield layout
     yield replace(layout, recompute=True)
     usual = Layout()
     shipped = {name: getattr(usual, name) for name in ("bucket", "sub_group", "live", "prefetch")}
+    precisions = {layout.half, layout.half or has_bf16}
 
-    for other in layouts(sizes, layout, layout.data * layout.tensor):
-        yield other if places(other) == places(layout) else replace(other, **shipped)
+    for half in sorted(precisions):
+        for other in layouts(sizes, replace(layout, half=half), layout.data * layout.tensor):
+            yield other if places(other) == places(layout) else replace(other, **shipped)
 
 
 def is_nearby(layout: Layout, other: Layout) -> bool:
@@ -222,6 +264,7 @@ def is_nearby(layout: Layout, other: Layout) -> bool:
         other.zero_stage >= layout.zero_stage
         and other.tensor >= layout.tensor
         and other.recompute >= layout.recompute
+        and other.half >= layout.half
         and other.sequence_parallel >= layout.sequence_parallel
         and DISTANCES[other.optimizer_on] >= DISTANCES[layout.optimizer_on]
         and DISTANCES[other.parameters_on] >= DISTANCES[layout.parameters_on]
@@ -231,6 +274,11 @@ def is_nearby(layout: Layout, other: Layout) -> bool:
 def places(layout: Layout) -> tuple[str, str]:
     """Return where a layout has its optimizer's state and its parameters."""
     return layout.optimizer_on, layout.parameters_on
+
+
+def shipped_name(layout: Layout) -> tuple[str, str, int]:
+    """Return the key of a layout's JSON in SHIPPED."""
+    return *places(layout), layout.zero_stage
 
 
 def away(layout: Layout) -> int:
@@ -243,6 +291,7 @@ def distance(layout: Layout, other: Layout) -> float:
     return (
         (other.zero_stage - layout.zero_stage)
         + 3 * (other.recompute - layout.recompute)
+        + 4 * (other.half - layout.half)
         + 5 * math.log2(other.tensor / layout.tensor)
         + (other.sequence_parallel - layout.sequence_parallel)
         + 8 * (away(other) - away(layout))
@@ -260,6 +309,8 @@ def flags_of(found: Fit, before: Layout, samples: int, given: Container[str] = (
         flags += ["--tensor-model-parallel-size", str(layout.tensor)]
     if layout.sequence_parallel != before.sequence_parallel:
         flags.append("--sequence-parallel")
+    if layout.half and not before.half:
+        flags.append("--bf16")
     by_json = places(layout) != places(before) and "zero_stage" not in given
     if layout.zero_stage != before.zero_stage and not by_json:
         flags += ["--zero-stage", str(layout.zero_stage)]
@@ -268,7 +319,7 @@ def flags_of(found: Fit, before: Layout, samples: int, given: Container[str] = (
     if found.samples != samples:
         flags += ["--micro-batch-size", str(found.samples)]
     if places(layout) != places(before):
-        flags += ["--deepspeed-config", SHIPPED[places(layout)]]
+        flags += ["--deepspeed-config", SHIPPED[shipped_name(layout)]]
         if ON_DISK in places(layout):
             flags += ["--nvme-path", "FOLDER"]
 

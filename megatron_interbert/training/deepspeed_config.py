@@ -4,7 +4,6 @@ DeepSpeed itself does neither: it ignores unknown top-level keys and takes "auto
 """
 
 import copy
-import os
 from pathlib import Path
 from typing import Any
 
@@ -192,6 +191,7 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
     config.fit_batches(data_parallel_size)
     config.check()
     check_offload(config, values)
+    check_secondary_partition(config, values, data_parallel_size)
     steps = config.accumulation_steps(data_parallel_size)
     if accumulation not in ("auto", steps):
         raise UsageError(
@@ -217,6 +217,22 @@ def offload_blocks(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
     }
 
 
+def blocks_on_disk(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the blocks of a DeepSpeed configuration that offload to NVMe disks, by name."""
+    blocks = offload_blocks(values)
+    return {name: block for name, block in blocks.items() if block.get("device") == "nvme"}
+
+
+def described_offload(values: dict[str, Any]) -> str:
+    """Return what a DeepSpeed configuration offloads, as an addition to a line; "" for nothing."""
+    names = {"offload_optimizer": "optimizer", "offload_param": "parameters"}
+    blocks = offload_blocks(values)
+    places = {name: blocks[key].get("device", "none") for key, name in names.items()}
+    said = [f"{name} to {place}" for name, place in places.items() if place != "none"]
+
+    return f", offload of {' and '.join(said)}" if said else ""
+
+
 def zero_settings(values: dict[str, Any]) -> DeepSpeedZeroConfig:
     """Return the block on ZeRO as DeepSpeed reads it, without the stage, which a flag may set."""
     block = _without_auto(_get(values, "zero_optimization") or {})
@@ -228,8 +244,14 @@ def check_offload(config: TrainConfig, values: dict[str, Any]) -> None:
     its folder; `"nvme_path": "auto"` becomes --nvme-path.
     """
     where = config.deepspeed_config
+    blocks = offload_blocks(values)
+    if config.nvme_path and not blocks_on_disk(values):
+        raise UsageError(
+            f"--nvme-path {config.nvme_path}: nothing is offloaded to a disk; give"
+            " --deepspeed-config zero3_nvme_optimizer or zero3_nvme, or leave it out"
+        )
 
-    for name, block in offload_blocks(values).items():
+    for name, block in blocks.items():
         device = block.get("device", "none")
         if device == "none":
             continue
@@ -244,11 +266,30 @@ def check_offload(config: TrainConfig, values: dict[str, Any]) -> None:
         if device == "nvme":
             if block.get("nvme_path") in (None, "auto"):
                 block["nvme_path"] = config.nvme_path
-            if not block["nvme_path"] or not os.path.isdir(block["nvme_path"]):
+            if not block["nvme_path"]:
                 raise UsageError(
-                    f"{where}: {name} to nvme: nvme_path is {block['nvme_path']!r}, expected a"
-                    " folder on a disk of this machine; give --nvme-path"
+                    f"{where}: {name} to nvme needs a folder on a disk of each machine; give"
+                    " --nvme-path"
                 )
+
+
+def check_secondary_partition(config: TrainConfig, values: dict[str, Any], ranks: int) -> None:
+    """Raise UsageError if data-parallel ranks cannot be divided into ZeRO++'s secondary groups.
+
+    DeepSpeed takes neighbouring ranks for a group; tensor-parallel ones hold different slices.
+    """
+    size = zero_settings(values).zero_hpz_partition_size
+    if size > 1 and config.tensor_model_parallel_size > 1:
+        raise UsageError(
+            f"{config.deepspeed_config}: zero_hpz_partition_size needs"
+            " --tensor-model-parallel-size 1: DeepSpeed would mix the slices of neighbouring ranks;"
+            " leave one of them out"
+        )
+    if ranks % size:
+        raise UsageError(
+            f"{config.deepspeed_config}: zero_hpz_partition_size {size} does not divide the {ranks}"
+            " data-parallel ranks; give the number of GPUs of a node"
+        )
 
 
 def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) -> None:
@@ -264,9 +305,12 @@ def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) ->
         raise UsageError(f"{config.deepspeed_config}: {path} is {theirs!r}, expected {expected}")
 
     if name in config.given and ours != theirs:
+        what_to_do = 'make them equal, or write "auto" there'
+        if shipped(config.deepspeed_config):
+            what_to_do = "leave one of them out"
         raise UsageError(
             f"{flag(name)} is {'auto' if ours == AUTO else ours}, but {config.deepspeed_config}"
-            f' sets {path} = {theirs}; make them equal, or write "auto" there'
+            f" sets {path} = {theirs}; {what_to_do}"
         )
 
     if name not in config.given:

@@ -1,5 +1,6 @@
 """Wrap a model in a DeepSpeed engine that steps the same way for every ZeRO stage and precision."""
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import BUCKET, SUB_GROUP
-from megatron_interbert.training.deepspeed_config import merge
+from megatron_interbert.training.deepspeed_config import blocks_on_disk, merge
 from megatron_interbert.training.ema import AveragedWeights
 from megatron_interbert.training.optimizer import (
     elements,
@@ -37,8 +38,23 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
     zero.setdefault("reduce_bucket_size", min(elements(model.parameters()), BUCKET))
     if config.zero_stage == 3:
         zero.setdefault("sub_group_size", SUB_GROUP)
+    if on_disk := blocks_on_disk(settings).get("offload_param"):
+        # Each gathered parameter holds one of a few buffers: if DeepSpeed kept parameters for their
+        # next use, it would run out of them.
+        zero.setdefault("stage3_max_reuse_distance", 0)
+        largest = max(share_of(p, state.data_size) for p in model.parameters())
+        if on_disk.setdefault("buffer_size", largest) < largest:
+            raise UsageError(
+                f"{config.deepspeed_config}: offload_param.buffer_size is {on_disk['buffer_size']},"
+                f" but a rank's share of the largest parameter has {largest} elements; leave it out"
+            )
 
     return settings
+
+
+def share_of(parameter: nn.Parameter, ranks: int) -> int:
+    """Return the elements of a parameter that one of `ranks` keeps at ZeRO stage 3."""
+    return math.ceil(elements([parameter]) / ranks)
 
 
 class Engine:

@@ -48,6 +48,13 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
     zero = zero_settings(settings)
     said = {name: key for name, key in AT_ONCE.items() if key in zero.model_fields_set}
     given = {name: getattr(zero, key) for name, key in said.items()}
+    if zero.offload_optimizer:
+        given["swap_buffers"] = zero.offload_optimizer.buffer_count
+    if zero.offload_param:
+        given["parameter_buffers"] = zero.offload_param.buffer_count
+        given["in_memory"] = zero.offload_param.max_in_cpu
+    if "buffer_size" in blocks["offload_param"]:
+        given["parameter_buffer"] = zero.offload_param.buffer_size
     if config.zero_stage < 3:  # where groups are those of training/optimizer.py
         given.pop("sub_group", None)
 

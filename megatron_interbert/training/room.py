@@ -1,13 +1,25 @@
 """Refuse a run whose ranks cannot fit their memory, before anything is built."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import replace
+
+import torch
 
 from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.machines.host import free_memory, free_swap
 from megatron_interbert.parallel.launch import read_launch
-from megatron_interbert.planning.layout import Load
+from megatron_interbert.planning.layout import Layout, Load
 from megatron_interbert.planning.memory import predict
-from megatron_interbert.planning.search import GIB, Room, flags_of, nearest_fit
+from megatron_interbert.planning.search import (
+    GIB,
+    Fit,
+    Room,
+    flags_of,
+    nearest_fit,
+    smallest_nearby,
+)
+from megatron_interbert.training.deepspeed_config import read_deepspeed_config
 from megatron_interbert.training.micro_batch import Trial, load_of, memory_of
 
 ERROR = 0.15  # the prediction's: what is predicted to exceed the room by less may fit
@@ -24,8 +36,7 @@ def check_memory(trial: Trial) -> None:
         load = load_of(trial.batch(trial.config.micro_batch_size))
     room = room_of(trial)
     memory = predict(trial.job.model_config, trial.layout, load)
-    possible = replace(room, device=room.device * (1 + ERROR), host=room.host * (1 + ERROR))
-    everywhere = state.gather((bool(possible.shortage(memory)), load, room))
+    everywhere = state.gather((bool(possible(room).shortage(memory)), load, room))
     short = [rank for rank, (short_of, _, _) in enumerate(everywhere) if short_of]
     if not short:
         return
@@ -37,31 +48,83 @@ def check_memory(trial: Trial) -> None:
 
 def refusal(trial: Trial, rank: int, load: Load, room: Room) -> str:
     """Say what a rank lacks, and which layout would fit."""
-    sizes = trial.job.model_config
-    lacking = room.shortage(predict(sizes, trial.layout, load))
-    config = trial.config
-    samples = config.micro_batch_size
-    found = nearest_fit(sizes, trial.layout, load, room, samples)
-    advice = "no layout of these ranks fits: use more of them, or a smaller model"
-
-    if found:
-        flags = " ".join(flags_of(found, trial.layout, samples, config.given))
-        if found.samples != samples and "global_batch_size" not in config.given:
-            flags += f" --global-batch-size {config.global_batch_size}"
-        if config.deepspeed_config and ("--zero-stage" in flags or "--deepspeed-config" in flags):
-            flags += f" instead of --deepspeed-config {config.deepspeed_config}"
-        needed = found.memory.together if room.one_memory else found.memory.peak
-        advice = f"the nearest layout that fits: {flags} ({needed / GIB:.1f} GiB)"
+    lacking = room.shortage(predict(trial.job.model_config, trial.layout, load))
 
     return (
-        f"memory: rank {rank} needs {lacking} GiB by prediction; {advice}; interbert plan lists"
-        " all that fit a device"
+        f"memory: rank {rank} needs {lacking} by prediction; {advice(trial, load, room)};"
+        " interbert plan lists all that fit a device"
     )
 
 
-def room_of(trial: Trial) -> Room:
-    """Return what this rank may take of its device and of its machine's memory. What swap files
-    need of a disk is checked where they are made.
+def advice(trial: Trial, load: Load, room: Room) -> str:
+    """Name the layout nearest to the run's that fits, or that may fit; with fewer ranks, if these
+    share one machine; else say what the smallest of all lacks.
+    """
+    sizes = trial.job.model_config
+    samples = trial.config.micro_batch_size
+    half = trial.device.type == "cpu" or torch.cuda.is_bf16_supported()
+
+    for words, layout, there in alternatives(trial.layout, room):
+        found = nearest_fit(sizes, layout, load, there, samples, half)
+        if found:
+            needed = there.needed(found.memory) / GIB
+            return f"{words}: {changes(trial, found)} ({needed:.1f} GiB)"
+
+    smallest = smallest_nearby(sizes, trial.layout, load, room, half)
+    lacking = room.shortage(smallest.memory)
+
+    return (
+        f"no layout of these ranks fits: {changes(trial, smallest)} needs {lacking}; use more"
+        " devices, or a smaller model"
+    )
+
+
+def alternatives(layout: Layout, room: Room) -> Iterator[tuple[str, Layout, Room]]:
+    """Yield (how to call what fits, a layout to start from, the room of its ranks): with the ranks
+    of a run, and with fewer, if they share one machine and each can take more of it.
+    """
+    yield "the nearest layout that fits", layout, room
+    yield "the nearest layout that may fit", layout, possible(room)
+
+    launch = read_launch()
+    ranks = layout.data * layout.tensor
+    if launch.local_size != ranks:
+        return
+
+    for fewer in (n for n in range(ranks - 1, 0, -1) if ranks % n == 0 and n % layout.tensor == 0):
+        more = ranks / fewer
+        device = room.device * more if room.one_memory else room.device
+        there = replace(room, device=device, host=room.host * more)
+        few = f"{fewer} rank{'s' * (fewer > 1)} instead of {ranks} fit{'s' * (fewer == 1)} with"
+        yield few, replace(layout, data=fewer // layout.tensor), there
+
+
+def possible(room: Room) -> Room:
+    """Return the most that a rank may be predicted to need where the prediction may be wrong."""
+    return replace(room, device=room.device * (1 + ERROR), host=room.host * (1 + ERROR))
+
+
+def changes(trial: Trial, found: Fit) -> str:
+    """Return what a user changes of a run's flags and DeepSpeed JSON for a layout."""
+    config = trial.config
+    samples = config.micro_batch_size
+    flags = " ".join(flags_of(found, trial.layout, samples, config.given))
+    by_file = config.deepspeed_config
+    settings = read_deepspeed_config(config)
+
+    if found.samples != samples and "global_batch_size" not in config.given:
+        flags += f" --global-batch-size {config.global_batch_size}"
+    if by_file and ("--zero-stage" in flags or "--deepspeed-config" in flags):
+        flags += f" instead of --deepspeed-config {by_file}"
+    elif found.samples != samples and settings.get("gradient_accumulation_steps", "auto") != "auto":
+        flags += f" without gradient_accumulation_steps in {by_file}"
+
+    return flags or "the same flags"
+
+
+def room_of(trial: Trial, disk: float = math.inf) -> Room:
+    """Return what this rank may take of its device, of its machine's memory and of a disk. What a
+    run's swap files need is checked where they are made.
     """
     ranks = read_launch().local_size
     device = memory_of(trial.device)
@@ -69,4 +132,4 @@ def room_of(trial: Trial) -> Room:
     if one_memory:
         device += free_swap() / ranks
 
-    return Room(device, free_memory() / ranks, float("inf"), one_memory)
+    return Room(device, free_memory() / ranks, disk, one_memory)

@@ -25,6 +25,7 @@ from megatron_interbert.tasks.precision import choose_precision
 from megatron_interbert.tasks.pretraining import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Judge, Progress
+from megatron_interbert.training.deepspeed_config import described_offload
 from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.evaluation_copy import copy_for_evaluation
@@ -232,7 +233,8 @@ def describe_run(
         ),
         (
             f"layout: DP{state.data_size} x TP{state.tensor_size}{shared}"
-            f" ({ranks}, {dist.get_backend()}), ZeRO-{config.zero_stage}, {engine.precision}"
+            f" ({ranks}, {dist.get_backend()}), ZeRO-{config.zero_stage}"
+            f"{described_offload(engine.deepspeed_config)}, {engine.precision}"
         ),
         (
             f"batch: {config.global_batch_size} = micro {config.micro_batch_size} x"

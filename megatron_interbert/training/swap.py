@@ -12,7 +12,7 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from deepspeed.ops.op_builder import AsyncIOBuilder
 from megatron_interbert.errors import TrainingStopped, UsageError, at_end
 from megatron_interbert.files import open_folder, take_lock
 from megatron_interbert.parallel.launch import read_launch
-from megatron_interbert.training.deepspeed_config import offload_blocks
+from megatron_interbert.training.deepspeed_config import blocks_on_disk
 
 PREFIX = "interbert-swap-"  # of the folder of one process, which it keeps locked
 OPTIMIZER_BYTES = 16  # per parameter: fp32 weight, two moments and gradient
@@ -37,27 +37,42 @@ def prepare_swap(settings: dict[str, Any], parameters: int, ranks: int) -> dict[
     `parameters` is their number in the model that `ranks` share. Raises UsageError if the I/O
     library cannot be built, or a disk lacks room.
     """
-    blocks = {n: b for n, b in offload_blocks(settings).items() if b.get("device") == "nvme"}
+    blocks = blocks_on_disk(settings)
     if not blocks:
         return settings
 
-    load_library()
     needed: dict[str, int] = {}
     for name, block in blocks.items():
         each = OPTIMIZER_BYTES if name == "offload_optimizer" else PARAMETER_BYTES
         path = block["nvme_path"]
+        check_folder(path)
         needed[path] = needed.get(path, 0) + each * parameters // ranks
+
+    load_library()
 
     for path, count in needed.items():
         with alone_in(Path(path)):
             check_room(Path(path), math.ceil(count * ROOM) * read_launch().local_size)
             own_folder(path)
 
+    return swap_in_folder(settings, lambda path: str(own_folder(path)))
+
+
+def swap_in_folder(settings: dict[str, Any], folder: Callable[[str], str]) -> dict[str, Any]:
+    """Return DeepSpeed's configuration with the folder of each nvme_path in its place."""
     zero = dict(settings["zero_optimization"])
-    for name, block in blocks.items():
-        zero[name] = {**block, "nvme_path": str(own_folder(block["nvme_path"]))}
+    for name, block in blocks_on_disk(settings).items():
+        zero[name] = {**block, "nvme_path": folder(block["nvme_path"])}
 
     return {**settings, "zero_optimization": zero}
+
+
+def check_folder(path: str) -> None:
+    """Raise UsageError if a folder for swap files does not exist."""
+    if not os.path.isdir(path):
+        raise UsageError(
+            f"nvme_path {path}: no such folder; give --nvme-path a folder on a disk of this machine"
+        )
 
 
 def check_room(path: Path, needed: int) -> None:

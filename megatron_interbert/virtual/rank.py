@@ -33,6 +33,8 @@ from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.fragments import FragmentedState, Outline
 from megatron_interbert.training.micro_batch import load_of
 from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.training.swap import swap_in_folder
+from megatron_interbert.virtual.stand_ins import nvme_without_disk
 from megatron_interbert.virtual.tracking import Collective, Tracker
 
 HERE = torch.device("cpu")
@@ -130,8 +132,12 @@ def rehearse(
     found = Rehearsal(*place, job.model_config, shapes, plan.kernels)
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank)
 
-    with without_values() as mode, Tracker(state.names) as tracker:
-        settings = engine_settings(config, state, names)
+    with (
+        nvme_without_disk() as folder,
+        without_values() as mode,
+        Tracker(state.names) as tracker,
+    ):
+        settings = swap_in_folder(engine_settings(config, state, names), lambda _: folder)
         model = build_model(plan, config, streams, HERE, settings)
         model.to = lambda *_, **__: model  # fake parameters cannot be moved, nor need to be
         engine = Engine(model, config, state, settings=settings)

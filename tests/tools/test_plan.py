@@ -12,6 +12,7 @@ import pytest
 from megatron_interbert.command_line import parse, read_options
 from megatron_interbert.commands import plan
 from megatron_interbert.config.training import RunConfig
+from megatron_interbert.dry_run import DryRunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.training.deepspeed_config import merge
@@ -93,7 +94,7 @@ def test_a_given_micro_batch_must_fit(monkeypatch, capsys, tmp_path):
 
     _, left_out = capsys.readouterr().out.split("left out:")
     [line] = left_out.strip().splitlines()[1:]
-    assert re.search(r"1200 samples take \d+\.\d GiB \(activations \d+\.\d\) of 14\.4$", line)
+    assert re.search(r"1200 samples take \d+\.\d GiB \(activations \d+\.\d\) of 14\.4 GiB$", line)
 
 
 def test_offload_is_planned_if_there_is_room(monkeypatch, capsys, tmp_path):
@@ -112,7 +113,7 @@ def test_offload_is_planned_if_there_is_room(monkeypatch, capsys, tmp_path):
         assert row["disk"] >= 16 * 10.2e9
 
     out = capsys.readouterr().out
-    assert re.search(r"samples take \d+\.\d GiB of host memory of 64\.0", out)
+    assert re.search(r"a rank needs \d+\.\d GiB of host memory of 64\.0 GiB", out)
     assert "50 GB/s to the host, updates there at 40 GB/s, 3 to its disk" in out
 
 
@@ -121,10 +122,14 @@ def test_the_best_layout_as_files_that_a_run_takes(monkeypatch, capsys, tmp_path
     flags = ("--gpus", 4, "--device", "a100-40", "--gpu-memory", 1.2, "--host-memory", 16)
     flags = (*flags, "--global-batch-size", 64, "--search", tmp_path / "recipe")
     run_here(monkeypatch, *flags)
-    told = capsys.readouterr().out.splitlines()[-1]
-    assert told.endswith(f"interbert pretrain --config {tmp_path}/recipe/run.yaml --data-path DATA")
+    start, rehearsal = capsys.readouterr().out.splitlines()[-2:]
+    run = f"--config {tmp_path}/recipe/run.yaml --data-path DATA"
+    assert start == f"start: deepspeed --num_gpus 4 launchers/pretrain.sh {run} --save RUN"
+    words = rehearsal.removeprefix("rehearse: interbert dry-run ").split()
+    parse(DryRunConfig, "", words).check()
 
-    config = parse(RunConfig, "", ["--config", str(tmp_path / "recipe" / "run.yaml")])
+    (tmp_path / "recipe").rename(tmp_path / "moved")
+    config = parse(RunConfig, "", ["--config", str(tmp_path / "moved" / "run.yaml")])
     config.check()
     data = 4 // config.tensor_model_parallel_size
     settings = merge(config, data)
@@ -164,7 +169,7 @@ def test_the_launcher_of_10_b_has_the_best_layout(monkeypatch, tmp_path):
 def test_what_does_not_divide_is_said(monkeypatch, capsys):
     run_here(monkeypatch, "--gpus", 15)
     out = capsys.readouterr().out
-    assert "tensor 5: --tensor-model-parallel-size 5 does not divide num_attention_heads 12" in out
+    assert "TP 5: --tensor-model-parallel-size 5 does not divide num_attention_heads 12" in out
     run_here(monkeypatch, "--gpus", 8, "--global-batch-size", 4)
     out = capsys.readouterr().out
     assert "a global batch of 4 is not a multiple of 8 data-parallel ranks" in out
@@ -188,6 +193,15 @@ def test_what_cannot_be_is_one_line(monkeypatch):
             "nothing fits 8 devices of 80 GiB; try more of them, or fewer samples at a time, or"
             " offload (--host-memory)",
         ),
+        (
+            ("--global-batch-size", 12, "--micro-batch-size", 7),
+            "no layout of 8 devices can share the batch: a global batch of 12 is not a multiple of"
+            " 8 data-parallel ranks",
+        ),
+        (
+            ("--search", __file__, "--device", "h100"),
+            f"--search {__file__}: is a file, expected a folder to write to",
+        ),
         (("--search", "recipe"), "--search needs --device, by whose speed it chooses"),
         (("--global-batch-size", -3), "--global-batch-size is -3, expected 0 or more"),
         (("--gpus", 0), "--gpus is 0, expected more than 0"),
@@ -203,7 +217,7 @@ def test_what_cannot_be_is_one_line(monkeypatch):
 
 
 def test_spans_go_from_small_to_large(monkeypatch):
-    for text in ("20-8", "0", "0-0", "-3", "many", "8-20-30", "nan"):
+    for text in ("20-8", "0", "0-0", "-3", "many", "8-20-30", "8-", "nan"):
         expected = "expected a number above 0, or two from small to large, such as 10-100"
         assert refused(monkeypatch, f"--words={text}") == f"argument --words: '{text}', {expected}"
 
@@ -211,7 +225,7 @@ def test_spans_go_from_small_to_large(monkeypatch):
 def test_any_number_of_devices_is_answered():
     code, out, err = launch(*COMMAND, "--gpus", 10**15, "--micro-batch-size", 1)
     assert code == 0, err
-    fit = out.split("\ntensor ")[0]
+    fit = out.split("\nTP ")[0]
     assert {line.split()[1] for line in fit.splitlines()[3:]} == {"1", "2", "4"}
 
 

@@ -4,6 +4,7 @@ layout that fits.
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,14 +13,24 @@ from megatron_interbert.config.training import RunConfig
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.planning.layout import PREFETCH, Layout, Load
 from megatron_interbert.planning.memory import predict
-from megatron_interbert.planning.search import Room, flags_of, nearest_fit
+from megatron_interbert.planning.search import Room, flags_of, nearest_fit, smallest_nearby
+from megatron_interbert.training import room as training_room
 from megatron_interbert.training.micro_batch import layout_of
+from megatron_interbert.training.room import alternatives
 from tests.launching import ends, launch, pretrain, start_ranks
 from tests.sizes import MEASURABLE
 
 GIB = 2**30
 LARGE = dataclasses.replace(MEASURABLE, hidden_size=1024, ffn_hidden_size=4096, text_layers=12)
-HUGE = {"hidden_size": 16384, "ffn_hidden_size": 65536, "num_attention_heads": 32}
+# a model of 100 B parameters, which no machine holds that tests run on
+HUGE = {
+    "hidden_size": 16384,
+    "ffn_hidden_size": 65536,
+    "num_attention_heads": 32,
+    "image_attention_heads": 32,
+    "interaction_layers": 30,
+    **dict.fromkeys(ModelConfig.FROM_DATA, 0),
+}
 
 
 def nearest(layout: Layout, room: Room, samples: int = 32, sizes: ModelConfig = LARGE) -> str:
@@ -101,6 +112,37 @@ def test_rows_that_are_not_samples() -> None:
     assert not room.shortage(predict(LARGE, found.layout, Load(4 * found.samples)))
 
 
+def test_16_bits_before_offload() -> None:
+    """Check that a run in fp32 is told of bf16 where the device has it."""
+    layout = Layout(2, zero_stage=3)
+    room = Room(0.9 * predict(LARGE, layout, Load(1)).peak, host=1e12)
+    load = Load(1)
+    with_offload = nearest_fit(LARGE, layout, load, room, 1)
+    in_16_bits = nearest_fit(LARGE, layout, load, room, 1, has_bf16=True)
+    assert "--deepspeed-config" in " ".join(flags_of(with_offload, layout, 1))
+    assert flags_of(in_16_bits, layout, 1) == ["--bf16"]
+
+    smallest = smallest_nearby(LARGE, layout, load, room, has_bf16=True)
+    assert smallest.memory.peak <= in_16_bits.memory.peak
+    assert smallest.layout.half
+
+
+def test_fewer_ranks_of_a_machine_may_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that fewer ranks are tried only where all share one machine, with more of it each."""
+    layout = Layout(4, tensor=2)
+    room = Room(8.0, 8.0, one_memory=True)
+    launch = SimpleNamespace(local_size=8)
+    monkeypatch.setattr(training_room, "read_launch", lambda: launch)
+    first, second, *fewer = alternatives(layout, room)
+    assert first[1:] == (layout, room)
+    assert second[2].device > room.device
+    assert [(found.data, there.device) for _, found, there in fewer] == [(2, 16.0), (1, 32.0)]
+    assert fewer[1][0] == "2 ranks instead of 8 fit with"
+
+    launch.local_size = 4
+    assert len(list(alternatives(layout, room))) == 2
+
+
 def test_activations_that_are_too_large_make_smaller_micro_batches() -> None:
     layout = Layout(2, half=True, zero_stage=3)
     states = predict(LARGE, layout, Load(1)).peak
@@ -109,12 +151,8 @@ def test_activations_that_are_too_large_make_smaller_micro_batches() -> None:
 
 @pytest.fixture(scope="module")
 def huge(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Write sizes of a model of 100 B parameters, which no machine holds that tests run on."""
     file = tmp_path_factory.mktemp("sizes") / "huge.json"
-    sizes = {**HUGE, "image_attention_heads": 32, "interaction_layers": 30}
-    sizes |= dict.fromkeys(("vocab_size", "feature_dim", "num_classes"), 0)
-    assert set(sizes) <= {entry.name for entry in dataclasses.fields(ModelConfig)}
-    file.write_text(json.dumps(sizes))
+    file.write_text(json.dumps(HUGE))
 
     return str(file)
 
@@ -129,7 +167,8 @@ def test_a_run_that_cannot_fit_is_one_line(store, huge: str, tmp_path) -> None:
         [line] = [line for line in err.splitlines() if line.startswith("error")]
         assert "memory: rank 0 needs " in line
         assert "GiB (optimizer " in line
-        assert "no layout of these ranks fits: use more of them, or a smaller model" in line
+        assert "no layout of these ranks fits: --" in line
+        assert " GiB; use more devices, or a smaller model" in line
         assert "Traceback" not in err
 
     assert not (tmp_path / "run").exists()

@@ -83,7 +83,7 @@ class Run:
             zero_stage=stage,
             save=f"{folder}/{name}",
             deepspeed_config=f"{folder}/{device}.json",
-            nvme_path=f"{folder}/nvme",
+            nvme_path=f"{folder}/nvme" if device in ("optimizer", "all") else "",
             ema_decay=0.9,
         )
         job = Job(self.task, None, sizes, ("msm", "mrm", "itm"), {}, "")
@@ -273,8 +273,16 @@ def test_what_offload_needs_is_said(tmp_path: Path) -> None:
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(swapped("optimizer")))
     config = RunConfig(deepspeed_config=str(file), bf16=True, micro_batch_size=1)
-    with pytest.raises(UsageError, match=r"nvme_path is '', expected a folder .* --nvme-path"):
+    with pytest.raises(UsageError, match=r"to nvme needs a folder .* give --nvme-path"):
         merge(config, 1)
+
+    config.nvme_path = str(tmp_path / "none")
+    with pytest.raises(UsageError, match=r"none: no such folder; give --nvme-path a folder"):
+        swap.prepare_swap(merge(config, 1), 1, 1)
+
+    idle = RunConfig(nvme_path=str(tmp_path), micro_batch_size=1)
+    with pytest.raises(UsageError, match=r"--nvme-path .*: nothing is offloaded to a disk"):
+        merge(idle, 1)
 
     zero = {"stage": 1, "offload_optimizer": {"device": "nvme", "nvme_path": str(tmp_path)}}
     file.write_text(json.dumps({"zero_optimization": zero}))

@@ -69,3 +69,16 @@ def test_quantised_communication_is_refused(tmp_path: Path, key: str) -> None:
     config = RunConfig(deepspeed_config=str(file), bf16=True, micro_batch_size=1)
     with pytest.raises(UsageError, match=f"{key} is not supported: DeepSpeed rounds with a CUDA"):
         merge(config, 1)
+
+
+def test_secondary_groups_must_divide_ranks_with_the_same_weights(tmp_path: Path) -> None:
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 3, "zero_hpz_partition_size": 3}}))
+    config = RunConfig(deepspeed_config=str(file), bf16=True, micro_batch_size=1)
+    with pytest.raises(UsageError, match="zero_hpz_partition_size 3 does not divide the 4 data-"):
+        merge(config, 4)
+
+    merge(config, 6)
+    config.tensor_model_parallel_size = 2
+    with pytest.raises(UsageError, match="zero_hpz_partition_size needs --tensor-model-parallel"):
+        merge(config, 6)

@@ -4,6 +4,7 @@ what all ranks save, and that ranks which would wait for each other for ever are
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -94,8 +95,50 @@ def test_memory_with_offload(folder: Path) -> None:
             places["offload_param"] = {"device": "cpu"}
         file.write_text(json.dumps({"zero_optimization": {"stage": stage, **places}}))
 
-        [one] = rehearse(folder, zero_stage=stage, ranks="0", deepspeed_config=str(file))["ranks"]
+        changes = {"zero_stage": stage, "deepspeed_config": str(file)}
+        figures = rehearse(folder, ranks="0", **changes)
+        check_traffic(figures)
+        [one] = figures["ranks"]
         assert abs(one["peak"] / one["planned"] - 1) < 0.1, (stage, one)
+
+
+def test_an_nvme_disk_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    """Rehearse offload of everything to a disk of another machine: nothing is written."""
+    nvme = tmp_path / "none"
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1_000_000}
+    zero["offload_optimizer"] = {"device": "nvme", "nvme_path": "auto", "buffer_count": 5}
+    zero["offload_param"] = {"device": "nvme", "nvme_path": str(nvme), "buffer_size": 2_000_000}
+    file = tmp_path / "nvme.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+
+    before = set(Path(tempfile.gettempdir()).glob("interbert-*"))
+    changes = {"deepspeed_config": str(file), "nvme_path": str(nvme), "zero_stage": 3}
+    figures = rehearse(folder, ranks="0,2", **changes)
+    check_traffic(figures)
+    assert not nvme.exists()
+    assert set(Path(tempfile.gettempdir()).glob("interbert-*")) <= before
+
+
+def test_what_fused_kernels_keep(folder: Path, capsys: pytest.CaptureFixture) -> None:
+    """Check that Triton's kernels are rehearsed unless others are named, and that a run which does
+    not fit its GPU is refused.
+    """
+    changes = {"ranks": "0", "micro_batch_size": 64}
+    plain, fused = (rehearse(folder, kernels=name, **changes) for name in ("torch", "auto"))
+    peaks = [figures["ranks"][0]["peak"] for figures in (plain, fused)]
+    assert peaks[1] < 0.8 * peaks[0]
+    for figures in (plain, fused):
+        [one] = figures["ranks"]
+        assert abs(one["peak"] / one["planned"] - 1) < 0.1, one
+
+    room = sum(peaks) / 2 / 2**30
+    capsys.readouterr()
+    rehearse(folder, gpu_memory=room, **changes)
+    out = capsys.readouterr().out
+    assert "rehearsing 1 of 4 ranks: DP2 x TP2, ZeRO-1, bf16, triton kernels; micro-batch" in out
+    assert f"fits: {peaks[1] / 2**30:.2f} of" in out
+    with pytest.raises(UsageError, match=r"the run would not fit: .* of the GPU, rank 0; lower"):
+        rehearse(folder, gpu_memory=room, kernels="torch", **changes)
 
 
 def check_traffic(figures: dict) -> None:
