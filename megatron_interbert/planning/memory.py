@@ -134,13 +134,14 @@ def held_alone(layout: Layout, parameters: int, table: float) -> Held:
 
 
 def with_live(sizes: ModelConfig, layout: Layout) -> Layout:
-    """Return a layout with the parameters that are really kept gathered: from a disk, only those
-    that are computed with; see engine_settings in training/engine.py.
+    """Return a layout with the parameters that are really kept gathered: of those that are on a
+    disk alone, only what is computed with; see engine_settings in training/engine.py.
     """
     if layout.parameters_on != ON_DISK:
         return layout
 
-    return replace(layout, live=min(layout.live, largest_parameter(sizes, layout.tensor)))
+    kept = layout.in_memory * layout.data + largest_parameter(sizes, layout.tensor)
+    return replace(layout, live=min(layout.live, kept))
 
 
 def held_in_stage_3(layout: Layout, parameters: int) -> Held:

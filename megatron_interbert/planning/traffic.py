@@ -11,7 +11,6 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens
 from megatron_interbert.planning.layout import (
     FP32,
-    ON_DEVICE,
     SUB_GROUP,
     Layout,
     Load,
@@ -130,9 +129,7 @@ def data_traffic(sizes: ModelConfig, layout: Layout, micro_batches: int) -> Traf
         again = (
             max(0, parameters - layout.live) / parameters
         )  # what was released after its forward pass
-        offloaded = layout.optimizer_on != ON_DEVICE
-        # the norm, and whether it is finite
-        found["all_reduce", "data"] += FLOAT64 + (FP32 if offloaded else FLOAT64)
+        found["all_reduce", "data"] += 2 * FLOAT64  # the norm, and whether it is finite
         found["all_gather", "data"] += micro_batches * (1 + again) * share
         found["reduce_scatter", "data"] += micro_batches * layout.data * share
 
