@@ -267,7 +267,7 @@ def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options)
     bits = "32 bits" if options.fp32 else "16 bits (ZeRO 1 to 3)"
     found = [
         (
-            f"GiB of each of {counted(options.gpus)}, {room:g} of {options.gpu_memory:g} used at"
+            f"GiB of {'each of ' * (options.gpus > 1)}{counted(options.gpus)}, {room:g} of {options.gpu_memory:g} used at"
             " most; the peak is that of the fullest moment, when not all parts are there"
         ),
         (
