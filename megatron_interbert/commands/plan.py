@@ -264,11 +264,12 @@ def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options)
         lines.append((*describe(row.fit.layout), samples, *cells))
 
     room = options.gpu_memory * (1 - options.reserve)
+    devices = f"each of {counted(options.gpus)}" if options.gpus > 1 else "the device"
     bits = "32 bits" if options.fp32 else "16 bits (ZeRO 1 to 3)"
     found = [
         (
-            f"GiB of {'each of ' * (options.gpus > 1)}{counted(options.gpus)}, {room:g} of {options.gpu_memory:g} used at"
-            " most; the peak is that of the fullest moment, when not all parts are there"
+            f"GiB of {devices}, {room:g} of {options.gpu_memory:g} used at most; the peak is that"
+            " of the fullest moment, when not all parts are there"
         ),
         (
             f"{bits}, {options.kernels} kernels; {written(options.words)} words and"

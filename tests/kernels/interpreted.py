@@ -37,13 +37,12 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 
 def of_each_type(*cases):
-    """Return [(dtype, case)]: all cases in float32, the first and the last in each other dtype.
+    """Return [(dtype, case)]: all cases in float32, the first in float16, the last in bfloat16.
 
     Each takes seconds in the interpreter. On a GPU tests/gpu try all dtypes, at larger sizes.
     """
-    return [(DTYPES[0], case) for case in cases] + [
-        (dtype, case) for dtype in DTYPES[1:] for case in (cases[0], cases[-1])
-    ]
+    in_16_bits = zip(DTYPES[1:], (cases[0], cases[-1]), strict=True)
+    return [*((DTYPES[0], case) for case in cases), *in_16_bits]
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ def test_odd_input_is_one_line():
         "-m",
         "tests.campaigns.odd_input",
         "--share",
-        0.03,
+        0.02,
         "--mutations",
         4,
     )

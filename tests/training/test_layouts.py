@@ -30,7 +30,8 @@ from tests.dist import run_on_ranks
 
 BATCH = 8
 STEPS = 3
-LAYOUTS = {1: [1], 2: [1, 2], 4: [2]}  # processes -> tensor-parallel sizes
+# processes -> (tensor-parallel sizes, micro-batches of a step)
+LAYOUTS = {1: ([1], [1, 2]), 2: ([1, 2], [1, 2]), 4: ([2], [2])}
 
 
 def run_config(store, **changes):
@@ -150,8 +151,10 @@ def check_all(store, expected, processes):
     # a loss scale that does not overflow, so no step is skipped
     Path("fp16.json").write_text('{"fp16": {"initial_scale_power": 8}}')
 
+    tensor_sizes, micro_batches = LAYOUTS[processes]
+
     for tensor_parallel, stage, accumulation in itertools.product(
-        LAYOUTS[processes], range(4), (1, 2)
+        tensor_sizes, range(4), micro_batches
     ):
         state = ParallelState(tensor_parallel)
         micro = BATCH // state.data_size // accumulation
@@ -175,7 +178,7 @@ def check_all(store, expected, processes):
                 weight=2e-5,
             )
 
-        if accumulation == 1 and stage >= 1:
+        if accumulation == micro_batches[0] and stage >= 1:
             half = train(dataclasses.replace(config, bf16=True), state)
             compare(half, expected, case + " bf16", loss=0.02, norm=0.1, weight=None)
             eight = train(
@@ -191,13 +194,14 @@ def check_all(store, expected, processes):
             else:
                 print(f"{case} fp16: SKIPPED, this processor cannot compute in float16")
 
-    state = ParallelState(LAYOUTS[processes][-1])
+    state = ParallelState(tensor_sizes[-1])
     check_dropout(store, state)
     if state.tensor_size > 1:
         check_dropout(store, ParallelState(state.tensor_size, sequence_parallel=True))
 
     check_bad_steps(store, state)
-    check_parameters_that_do_not_stay(store, expected)
+    if processes < 4:
+        check_parameters_that_do_not_stay(store, expected)
     if processes == 2:
         check_templates(store, expected)
 

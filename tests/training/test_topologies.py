@@ -222,7 +222,7 @@ def check_layouts(store, folder, every):
 
 def test_layouts_resume_from_one_another(corpus):
     store, folder = corpus
-    check_layouts(store, folder, every=5)
+    check_layouts(store, folder, every=7)
     run_on_ranks(1, offload, store, folder)
 
 
