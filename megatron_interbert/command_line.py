@@ -356,9 +356,9 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
 
 
 def beside(path: str, name: str) -> str:
-    """Return the path of a file that a YAML names, if it is there beside it; else the name."""
+    """Return the path of a JSON file that a YAML names, if it is there beside it; else the name."""
     found = Path(path).parent / name
-    return str(found) if name and found.is_file() else name
+    return str(found) if name.endswith(".json") and found.is_file() else name
 
 
 def key_of(word: str) -> str:

@@ -30,7 +30,7 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError, at_end, run_entry
 from megatron_interbert.files import check_writable, nearest_folder, write_json
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
-from megatron_interbert.machines.host import free_memory, same_bits_every_time
+from megatron_interbert.machines.host import free_memory, free_swap, same_bits_every_time
 from megatron_interbert.machines.node_table import compare_nodes, device_in_use
 from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
@@ -387,7 +387,9 @@ def memory_of_run(
         said += f", and {memory.disk / 1e9:.1f} GB of its disk"
 
     on_gpu = device.type == "cuda"
-    there = torch.cuda.get_device_properties(device).total_memory if on_gpu else free_memory()
+    there = free_memory() + free_swap()
+    if on_gpu:
+        there = torch.cuda.get_device_properties(device).total_memory
     there /= 2**30
     what = "the GPU has" if on_gpu else "this machine has for all of its ranks"
     if predicted > there:

@@ -210,12 +210,17 @@ def nearest_fit(
 
 
 def smallest_nearby(
-    sizes: ModelConfig, layout: Layout, load: Load, room: Room, has_bf16: bool = False
+    sizes: ModelConfig,
+    layout: Layout,
+    load: Load,
+    room: Room,
+    micro_batch: int,
+    has_bf16: bool = False,
 ) -> Fit:
-    """Return the layout with the same ranks, and one sample at a time, that needs least of what
-    `room` counts.
+    """Return the layout with the same ranks, and its micro-batch, that needs least of the device;
+    arguments are those of `nearest_fit`.
     """
-    found = nearby_fits(sizes, layout, replace(load, samples=1), 1, has_bf16)
+    found = nearby_fits(sizes, layout, load, micro_batch, has_bf16)
     return min(found, key=lambda one: room.needed(one.memory))
 
 

@@ -53,8 +53,8 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
     if zero.offload_param:
         given["parameter_buffers"] = zero.offload_param.buffer_count
         given["in_memory"] = zero.offload_param.max_in_cpu
-    if "buffer_size" in blocks["offload_param"]:
-        given["parameter_buffer"] = zero.offload_param.buffer_size
+        if "buffer_size" in zero.offload_param.model_fields_set:
+            given["parameter_buffer"] = zero.offload_param.buffer_size
     if config.zero_stage < 3:  # where groups are those of training/optimizer.py
         given.pop("sub_group", None)
 

@@ -70,7 +70,7 @@ def advice(trial: Trial, load: Load, room: Room) -> str:
             needed = there.needed(found.memory) / GIB
             return f"{words}: {changes(trial, found)} ({needed:.1f} GiB)"
 
-    smallest = smallest_nearby(sizes, trial.layout, load, room, half)
+    smallest = smallest_nearby(sizes, trial.layout, load, room, samples, half)
     lacking = room.shortage(smallest.memory)
 
     return (

@@ -122,7 +122,7 @@ def test_16_bits_before_offload() -> None:
     assert "--deepspeed-config" in " ".join(flags_of(with_offload, layout, 1))
     assert flags_of(in_16_bits, layout, 1) == ["--bf16"]
 
-    smallest = smallest_nearby(LARGE, layout, load, room, has_bf16=True)
+    smallest = smallest_nearby(LARGE, layout, load, room, 1, has_bf16=True)
     assert smallest.memory.peak <= in_16_bits.memory.peak
     assert smallest.layout.half
 
