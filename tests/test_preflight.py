@@ -79,7 +79,7 @@ def test_the_step_is_tried_where_the_model_fits(tmp_path: Path) -> None:
     command = (sys.executable, "-m", "megatron_interbert.preflight", "--data-path", store, "--fast")
     to_disk = ("--bf16", "--deepspeed-config", "zero3_nvme", "--nvme-path", tmp_path / "nvme")
 
-    code, out, err = launch(*command, *TINY, *to_disk, "--world-size", 2, warm=False)
+    code, out, err = launch(*command, *TINY, *to_disk, "--world-size", 2)
     assert code == 0, out + err
     assert "ZeRO-3, offload of optimizer to nvme and parameters to nvme" in out
     assert "ok      step         losses msm" in out

@@ -153,10 +153,15 @@ class _Start:
             resource.setrlimit(resource.RLIMIT_NOFILE, (self.files, self.files))
 
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the package sets it when a command starts
-        if self.arguments[0] == "-m":
-            self.run_module(*self.arguments[1:])
-        else:
-            self.run_script(*self.arguments)
+        atexit._clear()  # of the server; forked processes skip their own at the end
+
+        try:
+            if self.arguments[0] == "-m":
+                self.run_module(*self.arguments[1:])
+            else:
+                self.run_script(*self.arguments)
+        finally:
+            atexit._run_exitfuncs()
 
     @staticmethod
     def run_module(module, *arguments):
