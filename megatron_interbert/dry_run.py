@@ -132,9 +132,24 @@ def settle(config: DryRunConfig) -> None:
     config.data_parallel_size = config.world_size // config.tensor_model_parallel_size
     config.fit_zero_stage(config.world_size)
     merge(config, config.data_parallel_size)
-    if config.kernels == "auto" and not find_spec("triton"):
+    settle_kernels(config)
+
+
+def settle_kernels(config: DryRunConfig) -> None:
+    """Choose Triton's kernels, as a run on GPUs does, or plain operations where they cannot be
+    rehearsed; UsageError if Triton's are asked for there.
+    """
+    hindrance = ""
+    if not find_spec("triton"):
+        hindrance = "triton is not installed"
+    elif os.environ.get("TRITON_INTERPRET") == "1":
+        hindrance = "TRITON_INTERPRET is set"
+
+    if hindrance and config.kernels == "triton":
+        raise UsageError(f"--kernels triton: {hindrance}; use --kernels torch")
+    if hindrance and config.kernels == "auto":
         config.kernels = "torch"
-        config.notes.append("note: triton is not installed; plain torch operations are rehearsed")
+        config.notes.append(f"note: {hindrance}: plain torch operations are rehearsed")
     elif config.kernels == "auto":
         config.kernels = "triton"
 
@@ -290,14 +305,18 @@ def check_together(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[st
 def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
     """Return a line on the memory of the GPU, if it is known; UsageError if a rank needs more.
 
-    Tracked memory is that of device and host together; what is offloaded is taken off by plan.
+    Tracked memory is that of device and host together: what is offloaded is taken off by plan. On
+    a CPU offloaded parameters of one rank are not gathered, so the plan counts too.
     """
     there = config.gpu_memory * GIB
     if not there:
         return []
 
     largest = max(rehearsals, key=lambda one: one.peak)
-    needed = largest.peak - planned_memory(config, largest).host
+    planned = planned_memory(config, largest)
+    needed = largest.peak - planned.host
+    if planned.host:
+        needed = max(needed, planned.peak)
     said = f"{needed / GIB:.2f} of {there / GIB:g} GiB of the GPU, rank {largest.rank}"
     if needed > there:
         raise UsageError(

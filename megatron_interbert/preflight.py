@@ -62,6 +62,7 @@ from megatron_interbert.training.optimizer import elements, learning_rate
 from megatron_interbert.training.resume import check_same_model, newest_manifest
 from megatron_interbert.training.room import room_of
 from megatron_interbert.training.run import random_streams
+from megatron_interbert.training.swap import ROOM as SWAP_ROOM
 from megatron_interbert.training.swap import check_folder, prepare_swap
 
 REQUIRED = {
@@ -367,9 +368,9 @@ def samples_for_one_process(trial: Trial) -> tuple[int, str]:
 
 
 def free_space(path: str) -> int:
-    """Return the free bytes of the disk of a swap folder; UsageError if it does not exist."""
+    """Return the bytes that a disk has for swap files; UsageError if their folder is missing."""
     check_folder(path)
-    return shutil.disk_usage(path).free
+    return int(shutil.disk_usage(path).free / SWAP_ROOM)
 
 
 def memory_of_run(
@@ -377,7 +378,7 @@ def memory_of_run(
 ) -> str:
     """Describe the peak memory predicted for a rank of the run.
 
-    Raises UsageError if the GPU has less.
+    Raises UsageError if the GPU, or without one this machine, has less.
     """
     layout = layout_of(config, ranks_of(config), kernels)
     memory = predict(job.model_config, layout, load_of(batch))
@@ -393,9 +394,10 @@ def memory_of_run(
     there /= 2**30
     what = "the GPU has" if on_gpu else "this machine has for all of its ranks"
     if predicted > there:
+        elsewhere = "" if on_gpu else "; for GPUs elsewhere, rehearse it by interbert dry-run"
         raise UsageError(
             f"{predicted:.1f} GiB predicted per rank, {what} {there:.1f}; lower"
-            " --micro-batch-size (or let auto choose it), or see interbert plan"
+            f" --micro-batch-size (or let auto choose it), or see interbert plan{elsewhere}"
         )
     if not on_gpu:
         return f"{said}; {what} {there:.1f} GiB"

@@ -95,3 +95,15 @@ def test_the_step_is_tried_where_the_model_fits(tmp_path: Path) -> None:
     code, out, err = launch(*command, *large, *to_disk, "--zero-stage", 3, "--world-size", 4096)
     assert code == 0, out + err
     assert re.search(r"ok      step +not tried: one process, which holds .* needs [\d.]+ GiB", out)
+
+
+def test_the_step_of_one_process_in_secondary_groups(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store")
+    json_of_run = tmp_path / "ds.json"
+    zero = {"stage": 3, "zero_hpz_partition_size": 2}
+    json_of_run.write_text(json.dumps({"zero_optimization": zero}))
+    flags = ("--data-path", store, "--fast", *TINY, "--bf16", "--deepspeed-config", json_of_run)
+    command = (sys.executable, "-m", "megatron_interbert.preflight", *flags)
+    code, out, err = launch(*command, "--world-size", 4)
+    assert code == 0, out + err
+    assert "ok      step         losses" in out

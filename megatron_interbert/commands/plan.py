@@ -264,16 +264,16 @@ def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options)
         lines.append((*describe(row.fit.layout), samples, *cells))
 
     room = options.gpu_memory * (1 - options.reserve)
-    devices = f"each of {counted(options.gpus)}" if options.gpus > 1 else "the device"
+    devices = f"each of {in_words(options.gpus)}" if options.gpus > 1 else "the device"
     bits = "32 bits" if options.fp32 else "16 bits (ZeRO 1 to 3)"
     found = [
         (
-            f"GiB of {devices}, {room:g} of {options.gpu_memory:g} used at most; the peak is that"
-            " of the fullest moment, when not all parts are there"
+            f"GiB of {devices}, {room:g} of {options.gpu_memory:g} used at most; the peak is less"
+            " than the sum of the parts, which are not all held at once"
         ),
         (
-            f"{bits}, {options.kernels} kernels; {written(options.words)} words and"
-            f" {written(options.regions)} regions a sample"
+            f"{bits}, {options.kernels} kernels; {as_flag(options.words)} words and"
+            f" {as_flag(options.regions)} regions a sample"
         ),
         *assumptions(options),
     ]
@@ -286,12 +286,12 @@ def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options)
     return found
 
 
-def counted(devices: int) -> str:
+def in_words(devices: int) -> str:
     """Return a number of devices in words."""
     return f"{devices} device{'s' * (devices != 1)}"
 
 
-def written(span: tuple[int, int]) -> str:
+def as_flag(span: tuple[int, int]) -> str:
     """Return a span as its flag is written."""
     low, high = span
     return f"{low}" if low == high else f"{low}-{high}"
@@ -356,7 +356,8 @@ def run(options: Options) -> None:
     if options.search:
         folder = Path(options.search)
         best = rows[0].fit
-        told = write_recipe(folder, options.model, best, options.device, options.gpus_per_node)
+        per_node = options.gpus_per_node
+        told = write_recipe(folder, options.model, best, options.gpu_memory, per_node)
         print(*told, sep="\n")
     if options.output:
         found = [as_record(row) for row in rows]
@@ -368,14 +369,14 @@ def nothing_fits(options: Options, tried: list[Layout]) -> str:
     batches = options.batches()
     undivided = [batches.undivided(layout) for layout in tried]
     if undivided and all(undivided):
-        return f"no layout of {counted(options.gpus)} can share the batch: {undivided[0]}"
+        return f"no layout of {in_words(options.gpus)} can share the batch: {undivided[0]}"
 
     less = "fewer samples at a time" if options.micro_batch_size else "a smaller model"
     more = "(--host-memory)" if not options.host_memory else "to a disk (--nvme-space)"
     offload = "" if options.nvme_space else f", or offload {more}"
 
     return (
-        f"nothing fits {counted(options.gpus)} of {options.gpu_memory:g} GiB; try more of them, or"
+        f"nothing fits {in_words(options.gpus)} of {options.gpu_memory:g} GiB; try more of them, or"
         f" {less}{offload}"
     )
 

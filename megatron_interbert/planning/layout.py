@@ -14,10 +14,8 @@ from megatron_interbert.parallel.state import ParallelState
 BUCKET = 50_000_000  # most gradients that are reduced at once
 SUB_GROUP = 100_000_000  # about as many parameters are updated at once
 LIVE = 1_000_000_000  # most parameters that stage 3 keeps gathered
-# pinned buffers that DeepSpeed keeps to read and write a disk: of groups of the update, and of
-# parameters
-SWAP_BUFFERS = 4
-PARAMETER_BUFFERS = 5
+SWAP_BUFFERS = 4  # pinned, each of a group of the update, to read and write a disk
+PARAMETER_BUFFERS = 5  # pinned, each of a parameter, to read and write a disk
 IN_MEMORY = 1_000_000_000  # most parameters of a rank that have a place on its host beside the disk
 PREFETCH = 50_000_000  # most parameters that stage 3 gathers at once, unless one is larger
 # bytes per parameter: of an fp32 value, and of its two Adam moments

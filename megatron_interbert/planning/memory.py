@@ -216,6 +216,8 @@ def offload_parameters(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
         each = layout.parameter_buffer or math.ceil(largest / layout.data)
         share = rank_parameters(sizes, layout.tensor) / layout.data
         at_once = layout.parameter_buffers * each + min(share, layout.in_memory)
+        if share > layout.in_memory:  # a group of the update on its way to the disk
+            at_once += min(share, layout.sub_group)
         at_once *= layout.element
         return replace(found, host=held.host + at_once, disk=held.disk + held.weights)
 

@@ -1,12 +1,13 @@
 """Write a layout as files that a pretraining run takes: its flags, and DeepSpeed's JSON."""
 
 import json
-import math
+import shlex
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_output
+from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK
 from megatron_interbert.planning.search import Fit
 from megatron_interbert.reading import read_text
@@ -56,16 +57,18 @@ def engine_json(found: Fit) -> dict[str, Any]:
     return {**dict.fromkeys(sizes, "auto"), "zero_optimization": zero}
 
 
-def write_recipe(folder: Path, model: str, found: Fit, machine: str, per_node: int) -> list[str]:
+def write_recipe(
+    folder: Path, model: str, found: Fit, gpu_memory: float, per_node: int
+) -> list[str]:
     """Write the files of a layout into a folder, which may be moved; return lines on how to use
     them.
 
-    `machine` is the name of the device, of which a node has `per_node`.
+    A device has `gpu_memory` GiB, and a node `per_node` of them.
     """
     flags = folder / FLAGS
-    sizes = folder / SIZES if Path(model).is_file() else None
+    sizes = None if model in PRESETS else folder / SIZES
     settings = settings_of(SIZES if sizes else model, found)
-    start, rehearsal = commands_of(flags, found, machine, per_node)
+    start, rehearsal = commands_of(flags, found, gpu_memory, per_node)
     lines = [f"# {start}", f"# {rehearsal}"]
     lines += [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
 
@@ -86,15 +89,19 @@ def write_recipe(folder: Path, model: str, found: Fit, machine: str, per_node: i
     return told
 
 
-def commands_of(flags: Path, found: Fit, machine: str, per_node: int) -> tuple[str, str]:
+def commands_of(flags: Path, found: Fit, gpu_memory: float, per_node: int) -> tuple[str, str]:
     """Return the commands that start a run in a layout and that rehearse it."""
     ranks = found.layout.data * found.layout.tensor
-    run = f"--config {flags} --data-path DATA --save RUN"
-    start = f"deepspeed --num_gpus {ranks} launchers/pretrain.sh {run}"
+    file = shlex.quote(str(flags))
+    run = f"--config {file} --data-path DATA --save RUN"
+    start = f"interbert launch --processes {ranks} pretrain {run}"
     if ranks > per_node:
-        nodes = f"--nodes={math.ceil(ranks / per_node)} --gres=gpu:{per_node}"
+        each = max(n for n in range(1, per_node + 1) if ranks % n == 0)
+        nodes = f"--nodes={ranks // each} --gres=gpu:{each}"
         start = f"sbatch {nodes} launchers/pretrain.sbatch {run}"
 
-    rehearsal = f"interbert dry-run --world-size {ranks} --device {machine} --config {flags}"
+    rehearsal = (
+        f"interbert dry-run --world-size {ranks} --gpu-memory {gpu_memory:g} --config {file}"
+    )
 
     return start, f"{rehearsal} --data-path DATA"

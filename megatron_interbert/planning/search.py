@@ -28,6 +28,11 @@ PLACES = (
     (ON_DISK, ON_DISK),
 )
 DISTANCES = {ON_DEVICE: 0, ON_HOST: 1, ON_DISK: 2}
+# what of a layout a JSON may set beside stage and places
+OF_JSON = (
+    *("bucket", "sub_group", "live", "prefetch"),
+    *("swap_buffers", "parameter_buffers", "parameter_buffer", "in_memory"),
+)
 # the JSON in ds_configs/ by (optimizer, parameters, ZeRO stage)
 SHIPPED = {
     (ON_HOST, ON_DEVICE, 2): "zero2_offload_optimizer",
@@ -50,6 +55,14 @@ class Room:
     def needed(self, memory: Memory) -> float:
         """Return the bytes that a rank needs of its device."""
         return memory.together if self.one_memory else memory.peak
+
+    def filled(self, memory: Memory) -> float:
+        """Return the largest share of what there is that a rank needs."""
+        shares = [self.needed(memory) / self.device, memory.disk / max(self.disk, 1.0)]
+        if not self.one_memory:
+            shares.append(memory.host / max(self.host, 1.0))
+
+        return max(shares)
 
     def shortage(self, memory: Memory) -> str:
         """Return what does not fit, and its largest part; nothing if all does."""
@@ -150,7 +163,7 @@ def is_sensible(layout: Layout) -> bool:
 
     shared = layout.data > 1 or layout.parameters_on != ON_DEVICE or ON_DISK in places(layout)
     if layout.offloads:
-        return shipped_name(layout) in SHIPPED and (shared or layout.zero_stage == 2)
+        return json_key(layout) in SHIPPED and (shared or layout.zero_stage == 2)
 
     return layout.data > 1 or layout.zero_stage < 2
 
@@ -217,11 +230,11 @@ def smallest_nearby(
     micro_batch: int,
     has_bf16: bool = False,
 ) -> Fit:
-    """Return the layout with the same ranks, and its micro-batch, that needs least of the device;
+    """Return the layout with the same ranks, and its micro-batch, that exceeds the room least; the
     arguments are those of `nearest_fit`.
     """
     found = nearby_fits(sizes, layout, load, micro_batch, has_bf16)
-    return min(found, key=lambda one: room.needed(one.memory))
+    return min(found, key=lambda one: room.filled(one.memory))
 
 
 def nearby_fits(
@@ -255,12 +268,13 @@ def nearby_layouts(sizes: ModelConfig, layout: Layout, has_bf16: bool) -> Iterat
     yield layout
     yield replace(layout, recompute=True)
     usual = Layout()
-    shipped = {name: getattr(usual, name) for name in ("bucket", "sub_group", "live", "prefetch")}
+    shipped = {name: getattr(usual, name) for name in OF_JSON}
     precisions = {layout.half, layout.half or has_bf16}
 
     for half in sorted(precisions):
         for other in layouts(sizes, replace(layout, half=half), layout.data * layout.tensor):
-            yield other if places(other) == places(layout) else replace(other, **shipped)
+            own_json = json_key(other) == json_key(layout) or not other.offloads
+            yield other if own_json else replace(other, **shipped)
 
 
 def is_nearby(layout: Layout, other: Layout) -> bool:
@@ -281,7 +295,7 @@ def places(layout: Layout) -> tuple[str, str]:
     return layout.optimizer_on, layout.parameters_on
 
 
-def shipped_name(layout: Layout) -> tuple[str, str, int]:
+def json_key(layout: Layout) -> tuple[str, str, int]:
     """Return the key of a layout's JSON in SHIPPED."""
     return *places(layout), layout.zero_stage
 
@@ -316,15 +330,16 @@ def flags_of(found: Fit, before: Layout, samples: int, given: Container[str] = (
         flags.append("--sequence-parallel")
     if layout.half and not before.half:
         flags.append("--bf16")
-    by_json = places(layout) != places(before) and "zero_stage" not in given
+    other_json = layout.offloads and json_key(layout) != json_key(before)
+    by_json = other_json and "zero_stage" not in given
     if layout.zero_stage != before.zero_stage and not by_json:
         flags += ["--zero-stage", str(layout.zero_stage)]
     if layout.recompute != before.recompute:
         flags.append("--recompute-activations")
     if found.samples != samples:
         flags += ["--micro-batch-size", str(found.samples)]
-    if places(layout) != places(before):
-        flags += ["--deepspeed-config", SHIPPED[shipped_name(layout)]]
+    if other_json:
+        flags += ["--deepspeed-config", SHIPPED[json_key(layout)]]
         if ON_DISK in places(layout):
             flags += ["--nvme-path", "FOLDER"]
 

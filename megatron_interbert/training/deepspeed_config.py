@@ -278,13 +278,17 @@ def check_secondary_partition(config: TrainConfig, values: dict[str, Any], ranks
 
     DeepSpeed takes neighbouring ranks for a group; tensor-parallel ones hold different slices.
     """
-    size = zero_settings(values).zero_hpz_partition_size
-    if size > 1 and config.tensor_model_parallel_size > 1:
+    size = min(zero_settings(values).zero_hpz_partition_size, ranks)
+    if config.zero_stage < 3 or size < 2:
+        return
+
+    if config.tensor_model_parallel_size > 1:
         raise UsageError(
             f"{config.deepspeed_config}: zero_hpz_partition_size needs"
             " --tensor-model-parallel-size 1: DeepSpeed would mix the slices of neighbouring ranks;"
             " leave one of them out"
         )
+
     if ranks % size:
         raise UsageError(
             f"{config.deepspeed_config}: zero_hpz_partition_size {size} does not divide the {ranks}"
@@ -332,7 +336,7 @@ def _for_engine(config: TrainConfig, values: dict[str, Any], accumulation: int) 
         "zero_force_ds_cpu_optimizer": values.get("zero_force_ds_cpu_optimizer", False),
         "zero_optimization": {
             "overlap_comm": False,
-            **engine.get("zero_optimization", {}),
+            **(engine.get("zero_optimization") or {}),
             "stage": config.zero_stage,
         },
         "fp16": {

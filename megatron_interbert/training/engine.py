@@ -12,7 +12,7 @@ from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import BUCKET, SUB_GROUP
-from megatron_interbert.training.deepspeed_config import blocks_on_disk, merge
+from megatron_interbert.training.deepspeed_config import blocks_on_disk, merge, zero_settings
 from megatron_interbert.training.ema import AveragedWeights
 from megatron_interbert.training.optimizer import (
     elements,
@@ -39,22 +39,39 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
     if config.zero_stage == 3:
         zero.setdefault("sub_group_size", SUB_GROUP)
     if on_disk := blocks_on_disk(settings).get("offload_param"):
-        # Each gathered parameter holds one of a few buffers: if DeepSpeed kept parameters for their
-        # next use, it would run out of them.
-        zero.setdefault("stage3_max_reuse_distance", 0)
-        largest = max(share_of(p, state.data_size) for p in model.parameters())
-        if on_disk.setdefault("buffer_size", largest) < largest:
-            raise UsageError(
-                f"{config.deepspeed_config}: offload_param.buffer_size is {on_disk['buffer_size']},"
-                f" but a rank's share of the largest parameter has {largest} elements; leave it out"
-            )
+        largest = max(partition_size(p, state.data_size) for p in model.parameters())
+        on_disk.setdefault("buffer_size", largest)
+        check_disk_buffers(config, settings, largest)
+        zero["stage3_max_reuse_distance"] = 0
+        zero.pop("max_reuse_distance", None)  # the same under DeepSpeed's other name
 
     return settings
 
 
-def share_of(parameter: nn.Parameter, ranks: int) -> int:
+def partition_size(parameter: nn.Parameter, ranks: int) -> int:
     """Return the elements of a parameter that one of `ranks` keeps at ZeRO stage 3."""
     return math.ceil(elements([parameter]) / ranks)
+
+
+def check_disk_buffers(config: TrainConfig, settings: dict[str, Any], largest: int) -> None:
+    """Raise UsageError if parameters on a disk would not get through their buffers: each gathered
+    one holds one of them, `largest` is the most elements that it needs, and parameters that
+    DeepSpeed kept for their next use would soon hold all.
+    """
+    zero = zero_settings(settings)
+    size = zero.offload_param.buffer_size
+    if size < largest:
+        raise UsageError(
+            f"{config.deepspeed_config}: offload_param.buffer_size is {size}, but a rank's share of"
+            f" the largest parameter has {largest} elements; leave it out"
+        )
+
+    if "max_reuse_distance" in zero.model_fields_set and zero.max_reuse_distance:
+        raise UsageError(
+            f"{config.deepspeed_config}: stage3_max_reuse_distance is {zero.max_reuse_distance},"
+            " but with offload_param to nvme only 0 works: DeepSpeed would run out of buffers;"
+            " leave it out"
+        )
 
 
 class Engine:

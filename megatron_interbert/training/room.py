@@ -62,9 +62,11 @@ def advice(trial: Trial, load: Load, room: Room) -> str:
     """
     sizes = trial.job.model_config
     samples = trial.config.micro_batch_size
-    half = trial.device.type == "cpu" or torch.cuda.is_bf16_supported()
+    half = has_bf16(trial)
 
     for words, layout, there in alternatives(trial.layout, room):
+        more = trial.config.global_batch_size > samples * layout.data
+        layout = replace(layout, accumulates=layout.accumulates or more)
         found = nearest_fit(sizes, layout, load, there, samples, half)
         if found:
             needed = there.needed(found.memory) / GIB
@@ -99,6 +101,17 @@ def alternatives(layout: Layout, room: Room) -> Iterator[tuple[str, Layout, Room
         yield few, replace(layout, data=fewer // layout.tensor), there
 
 
+def has_bf16(trial: Trial) -> bool:
+    """Check whether a run could compute in bfloat16: its device can, and its JSON does not forbid
+    it.
+    """
+    block = read_deepspeed_config(trial.config).get("bf16") or {}
+    on_cpu = trial.device.type == "cpu"
+    possible_here = on_cpu or torch.cuda.is_bf16_supported(including_emulation=False)
+
+    return possible_here and block.get("enabled", "auto") in ("auto", True)
+
+
 def possible(room: Room) -> Room:
     """Return the most that a rank may be predicted to need where the prediction may be wrong."""
     return replace(room, device=room.device * (1 + ERROR), host=room.host * (1 + ERROR))
@@ -111,12 +124,13 @@ def changes(trial: Trial, found: Fit) -> str:
     flags = " ".join(flags_of(found, trial.layout, samples, config.given))
     by_file = config.deepspeed_config
     settings = read_deepspeed_config(config)
+    other_steps = found.samples != samples or found.layout.data != trial.layout.data
 
-    if found.samples != samples and "global_batch_size" not in config.given:
+    if other_steps and "global_batch_size" not in config.given:
         flags += f" --global-batch-size {config.global_batch_size}"
     if by_file and ("--zero-stage" in flags or "--deepspeed-config" in flags):
         flags += f" instead of --deepspeed-config {by_file}"
-    elif found.samples != samples and settings.get("gradient_accumulation_steps", "auto") != "auto":
+    elif other_steps and settings.get("gradient_accumulation_steps", "auto") != "auto":
         flags += f" without gradient_accumulation_steps in {by_file}"
 
     return flags or "the same flags"

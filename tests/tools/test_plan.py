@@ -124,7 +124,7 @@ def test_the_best_layout_as_files_that_a_run_takes(monkeypatch, capsys, tmp_path
     run_here(monkeypatch, *flags)
     start, rehearsal = capsys.readouterr().out.splitlines()[-2:]
     run = f"--config {tmp_path}/recipe/run.yaml --data-path DATA"
-    assert start == f"start: deepspeed --num_gpus 4 launchers/pretrain.sh {run} --save RUN"
+    assert start == f"start: interbert launch --processes 4 pretrain {run} --save RUN"
     words = rehearsal.removeprefix("rehearse: interbert dry-run ").split()
     parse(DryRunConfig, "", words).check()
 

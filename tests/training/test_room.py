@@ -4,6 +4,7 @@ layout that fits.
 
 import dataclasses
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,13 +12,22 @@ import pytest
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.kernels.choice import Kernels
-from megatron_interbert.planning.layout import PREFETCH, Layout, Load
-from megatron_interbert.planning.memory import predict
-from megatron_interbert.planning.search import Room, flags_of, nearest_fit, smallest_nearby
+from megatron_interbert.planning.layout import BUCKET, PREFETCH, Layout, Load
+from megatron_interbert.planning.memory import Memory, predict
+from megatron_interbert.planning.search import (
+    SHIPPED,
+    Fit,
+    Room,
+    flags_of,
+    json_key,
+    nearby_layouts,
+    nearest_fit,
+    smallest_nearby,
+)
 from megatron_interbert.training import room as training_room
 from megatron_interbert.training.micro_batch import layout_of
 from megatron_interbert.training.room import alternatives
-from tests.launching import ends, launch, pretrain, start_ranks
+from tests.launching import ROOT, ends, launch, pretrain, start_ranks
 from tests.sizes import MEASURABLE
 
 GIB = 2**30
@@ -123,8 +133,27 @@ def test_16_bits_before_offload() -> None:
     assert flags_of(in_16_bits, layout, 1) == ["--bf16"]
 
     smallest = smallest_nearby(LARGE, layout, load, room, 1, has_bf16=True)
-    assert smallest.memory.peak <= in_16_bits.memory.peak
-    assert smallest.layout.half
+    places = (smallest.layout.optimizer_on, smallest.layout.parameters_on)
+    assert (places, smallest.layout.half) == (("cpu", "cpu"), True)
+
+
+def test_another_stage_keeps_the_offload() -> None:
+    """Check that a stage that another shipped JSON has is named by it, and its numbers count."""
+    layout = Layout(4, zero_stage=2, half=True, optimizer_on="cpu", swap_buffers=64, bucket=10**9)
+    found = Fit(replace(layout, zero_stage=3, swap_buffers=4), 1, 1, Memory(*[0.0] * 6))
+    assert flags_of(found, layout, 1) == ["--deepspeed-config", "zero3_offload_optimizer"]
+
+    for other in nearby_layouts(LARGE, layout, has_bf16=True):
+        own = json_key(other) == json_key(layout)
+        assert own or not other.offloads or (other.swap_buffers, other.bucket) == (4, BUCKET)
+
+
+def test_the_shipped_files_are_as_they_are_named() -> None:
+    for (optimizer, parameters, stage), name in SHIPPED.items():
+        zero = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())["zero_optimization"]
+        there = [zero.get(f"offload_{what}", {}) for what in ("optimizer", "param")]
+        assert [block.get("device", "none") for block in there] == [optimizer, parameters], name
+        assert zero["stage"] == stage, name
 
 
 def test_fewer_ranks_of_a_machine_may_fit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,6 +79,7 @@ def test_secondary_groups_must_divide_ranks_with_the_same_weights(tmp_path: Path
         merge(config, 4)
 
     merge(config, 6)
+    merge(config, 2)  # fewer ranks are one group, as DeepSpeed has it
     config.tensor_model_parallel_size = 2
     with pytest.raises(UsageError, match="zero_hpz_partition_size needs --tensor-model-parallel"):
         merge(config, 6)

@@ -105,7 +105,9 @@ def test_memory_with_offload(folder: Path) -> None:
         assert abs(one["peak"] / one["planned"] - 1) < 0.1, (stage, one)
 
 
-def test_an_nvme_disk_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+def test_an_nvme_disk_that_is_not_there(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rehearse offload of everything to a disk of another machine: nothing is written."""
     nvme = tmp_path / "none"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "sub_group_size": 1_000_000}
@@ -114,14 +116,15 @@ def test_an_nvme_disk_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "nvme.json"
     file.write_text(json.dumps({"zero_optimization": zero}))
 
-    before = set(Path(tempfile.gettempdir()).glob("interbert-*"))
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     changes = {"deepspeed_config": str(file), "nvme_path": str(nvme), "zero_stage": 3}
     figures = rehearse(folder, ranks="2", **changes)
     check_traffic(figures, NORM)
     for one in figures["ranks"]:
         assert abs(one["peak"] / one["planned"] - 1) < 0.1, one
     assert not nvme.exists()
-    assert set(Path(tempfile.gettempdir()).glob("interbert-*")) <= before
+    assert not list((tmp_path / "temporary").iterdir())
 
 
 def test_what_fused_kernels_keep(
@@ -141,12 +144,23 @@ def test_what_fused_kernels_keep(
     assert "rehearsing 1 of 4 ranks: DP2 x TP2, ZeRO-1, bf16, triton kernels; micro-batch" in out
 
     config = DryRunConfig(gpu_memory=sum(peaks) / 2 / 2**30)
-    monkeypatch.setattr(dry_run, "planned_memory", lambda *_: SimpleNamespace(host=0.0))
+    planned = SimpleNamespace(host=0.0, peak=0.0)
+    monkeypatch.setattr(dry_run, "planned_memory", lambda *_: planned)
     too_large, small = ([SimpleNamespace(peak=peak, rank=3)] for peak in peaks)
     [line] = dry_run.check_fit(config, small)
     assert line.startswith(f"fits: {peaks[1] / 2**30:.2f} of ")
     with pytest.raises(UsageError, match=r"the run would not fit: .* of the GPU, rank 3; lower"):
         dry_run.check_fit(config, too_large)
+
+    planned.host = peaks[0] - peaks[1]  # then the device has less, but not less than planned
+    assert "fits" in dry_run.check_fit(config, too_large)[0]
+    planned.peak = 2 * peaks[0]
+    with pytest.raises(UsageError, match="would not fit"):
+        dry_run.check_fit(config, too_large)
+
+    named = DryRunConfig(device="a100-40", data_path="x")
+    named.check()
+    assert named.gpu_memory == 40
 
 
 def check_traffic(figures: dict, slack: int = 0) -> None:
@@ -274,9 +288,13 @@ def test_what_is_saved_twice_or_not_at_all() -> None:
         ({"ranks": "0,4"}, "--ranks 0,4: expected all, or numbers from 0 to 3"),
         ({"tensor_model_parallel_size": 1, "ranks": "x"}, "--ranks x: expected all"),
         ({"micro_batch_size": AUTO}, "--micro-batch-size auto is found by trial"),
+        ({"kernels": "triton"}, "--kernels triton: TRITON_INTERPRET is set; use --kernels torch"),
     ],
 )
-def test_bad_input(folder: Path, changes: dict, message: str) -> None:
+def test_bad_input(
+    folder: Path, changes: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UsageError, match=message):
         rehearse(folder, **changes)
 
