@@ -33,7 +33,7 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned, quiet_libraries
 from megatron_interbert.model.interbert import PRETRAINING_HEADS
-from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.model.presets import check_words, load_model_config, with_usual_data
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.planning.layout import rank_parameters
 from megatron_interbert.planning.memory import Memory, predict
@@ -133,6 +133,10 @@ def settle(config: DryRunConfig) -> None:
     config.fit_zero_stage(config.world_size)
     merge(config, config.data_parallel_size)
     settle_kernels(config)
+    if config.words:
+        sizes, note = with_usual_data(load_model_config(config.model))
+        check_words(sizes, config.words[1])
+        config.notes += [note] if note else []
 
 
 def settle_kernels(config: DryRunConfig) -> None:
@@ -171,13 +175,7 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
 
 def random_job(config: DryRunConfig) -> Job:
     """Return a job whose samples are random."""
-    sizes = load_model_config(config.model)
-    if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
-        raise UsageError(
-            f"--model {config.model} takes sizes from its data; leave --words out, or give a preset"
-            " or JSON file with all sizes"
-        )
-
+    sizes, _ = with_usual_data(load_model_config(config.model))
     return Job(PretrainingTask(config.objective_names()), None, sizes, PRETRAINING_HEADS, {}, "")
 
 
@@ -319,9 +317,10 @@ def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
         needed = max(needed, planned.peak)
     said = f"{needed / GIB:.2f} of {there / GIB:g} GiB of the GPU, rank {largest.rank}"
     if needed > there:
-        raise UsageError(
-            f"the run would not fit: {said}; lower --micro-batch-size, or see interbert plan"
-        )
+        less = "lower --micro-batch-size"
+        if largest.states - planned.host > there:
+            less = "share or offload more (--zero-stage, --tensor-model-parallel-size)"
+        raise UsageError(f"the run would not fit: {said}; {less}, or see interbert plan")
 
     tight = needed > (1 - SPARE) * there
     spare = f", with less than {SPARE:.0%} for driver and allocator" if tight else ""

@@ -37,7 +37,7 @@ from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
-from megatron_interbert.planning.memory import predict
+from megatron_interbert.planning.memory import Memory, predict
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import (
     describe_data,
@@ -320,6 +320,20 @@ def check_step(config: PreflightConfig) -> str:
     return "; ".join([*notes, memory, f"kernels: {kernels.describe()}"])
 
 
+def check_swap_disk(config: PreflightConfig, memory: Memory) -> None:
+    """Raise UsageError if a disk here has less than one rank of the run needs of it."""
+    settings = merge(config, ranks_of(config))
+
+    for block in blocks_on_disk(settings).values():
+        path = block["nvme_path"]
+        free = free_space(path)
+        if memory.disk > free:
+            raise UsageError(
+                f"nvme_path {path}: {memory.disk / 1e9:.1f} GB predicted per rank, there is room"
+                f" for {free / 1e9:.1f}; make room, or use more machines"
+            )
+
+
 def one_step(
     engine: Engine, job: Job, batch: PackedBatch, config: RunConfig, device: torch.device
 ) -> tuple[dict[str, float], float]:
@@ -395,10 +409,15 @@ def memory_of_run(
     what = "the GPU has" if on_gpu else "this machine has for all of its ranks"
     if predicted > there:
         elsewhere = "" if on_gpu else "; for GPUs elsewhere, rehearse it by interbert dry-run"
+        less = "lower --micro-batch-size (or let auto choose it)"
+        if (memory.weights + memory.optimizer) / 2**30 > there:
+            less = "share or offload more (--zero-stage, --tensor-model-parallel-size)"
         raise UsageError(
-            f"{predicted:.1f} GiB predicted per rank, {what} {there:.1f}; lower"
-            f" --micro-batch-size (or let auto choose it), or see interbert plan{elsewhere}"
+            f"{predicted:.1f} GiB predicted per rank, {what} {there:.1f}; {less}, or see interbert"
+            f" plan{elsewhere}"
         )
+
+    check_swap_disk(config, memory)
     if not on_gpu:
         return f"{said}; {what} {there:.1f} GiB"
 

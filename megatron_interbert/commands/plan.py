@@ -26,7 +26,7 @@ from megatron_interbert.config.options import ABOVE_0, Flags, option
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned
-from megatron_interbert.model.presets import load_model_config
+from megatron_interbert.model.presets import check_words, load_model_config, with_usual_data
 from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK, Layout, Load
 from megatron_interbert.planning.recipe import write_recipe
 from megatron_interbert.planning.search import (
@@ -326,12 +326,10 @@ def run(options: Options) -> None:
     if options.output:
         check_output(Path(options.output), "--output")
 
-    sizes = load_model_config(options.model)
-    if not (sizes.vocab_size and sizes.feature_dim and sizes.num_classes):
-        raise UsageError(
-            f"--model {options.model} takes sizes from its data; give base, or a JSON file"
-            " with all sizes"
-        )
+    sizes, note = with_usual_data(load_model_config(options.model))
+    check_words(sizes, options.words[1])
+    if note:
+        print(note)
 
     if options.device and "gpu_memory" not in options.given:
         options.gpu_memory = MACHINES[options.device].memory_gib
@@ -371,13 +369,17 @@ def nothing_fits(options: Options, tried: list[Layout]) -> str:
     if undivided and all(undivided):
         return f"no layout of {in_words(options.gpus)} can share the batch: {undivided[0]}"
 
-    less = "fewer samples at a time" if options.micro_batch_size else "a smaller model"
-    more = "(--host-memory)" if not options.host_memory else "to a disk (--nvme-space)"
-    offload = "" if options.nvme_space else f", or offload {more}"
+    ways = ["more of them"]
+    ways.append("fewer samples at a time" if options.micro_batch_size else "a smaller model")
+    if options.host_memory:
+        disk = "more --nvme-space" if options.nvme_space else "offload to a disk (--nvme-space)"
+        ways += ["more --host-memory", disk]
+    else:
+        ways.append("offload (--host-memory)")
 
     return (
-        f"nothing fits {in_words(options.gpus)} of {options.gpu_memory:g} GiB; try more of them, or"
-        f" {less}{offload}"
+        f"nothing fits {in_words(options.gpus)} of {options.gpu_memory:g} GiB; try"
+        f" {', '.join(ways[:-1])}, or {ways[-1]}"
     )
 
 

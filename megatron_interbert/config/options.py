@@ -211,6 +211,8 @@ def limits(facts: Facts) -> str:
     """Describe the limits of a number, such as `0 or more`."""
     if facts.least == ABOVE_0 and math.isinf(facts.most):
         return "more than 0"
+    if facts.least == ABOVE_0:
+        return f"more than 0, {facts.most:g} at most"
     if math.isinf(facts.most):
         return f"{facts.least:g} or more"
     if facts.most == BELOW_1:

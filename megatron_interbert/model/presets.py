@@ -74,6 +74,29 @@ def load_model_config(model: str) -> ModelConfig:
     )
 
 
+def with_usual_data(config: ModelConfig) -> tuple[ModelConfig, str]:
+    """Return (a model whose sizes of 0 are those of base's data, a note that says so or ""), for
+    predictions without data.
+    """
+    base = PRESETS["base"]
+    missing = [name for name in ModelConfig.FROM_DATA if not getattr(config, name)]
+    if not missing:
+        return config, ""
+
+    usual = {name: getattr(base, name) for name in missing}
+    told = ", ".join(f"{name} {value}" for name, value in usual.items())
+
+    return dataclasses.replace(config, **usual), f"note: the data are not known; taken: {told}"
+
+
+def check_words(config: ModelConfig, most: int) -> None:
+    """Raise UsageError if samples of `most` words do not fit a model's positions."""
+    if most > config.max_position_embeddings:
+        raise UsageError(
+            f"--words up to {most}: the model has {config.max_position_embeddings} positions"
+        )
+
+
 def fit_to_data(
     config: ModelConfig, vocab_size: int, feature_dim: int, num_classes: int, where: str
 ) -> ModelConfig:

@@ -1,7 +1,9 @@
 """Describe how a model is trained and on what, as input to all predictions."""
 
 import functools
+import itertools
 import math
+from collections import Counter
 from dataclasses import dataclass
 
 from megatron_interbert.config.model import ModelConfig
@@ -131,6 +133,44 @@ def rank_shapes(sizes: ModelConfig, tensor: int) -> dict[str, tuple[int, ...]]:
 def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
     """Count the trained parameters on one of `tensor` tensor-parallel ranks."""
     return sum(map(math.prod, rank_shapes(sizes, tensor).values()))
+
+
+@functools.cache
+def update_groups(sizes: ModelConfig, tensor: int) -> list[list[int]]:
+    """Return the elements of each parameter in the groups of training/optimizer.py, on one of
+    `tensor` tensor-parallel ranks.
+    """
+    groups: list[list[int]] = []
+    filling: dict[bool, list[int]] = {}
+
+    for shape in rank_shapes(sizes, tensor).values():
+        decays = len(shape) > 1
+        group = filling.get(decays)
+        if group is None or sum(group) >= SUB_GROUP:
+            group = filling[decays] = []
+            groups.append(group)
+
+        group.append(math.prod(shape))
+
+    return groups
+
+
+@functools.cache
+def partly_updated(sizes: ModelConfig, tensor: int, data: int) -> int:
+    """Count the elements of the parameters of which a data-parallel rank updates at least a part,
+    on the rank with the most: ZeRO cuts a group into `data` equal parts, across parameters.
+    """
+    changes: Counter[int] = Counter()  # from one rank to the next
+
+    for group in update_groups(sizes, tensor):
+        part = math.ceil(sum(group) / data)
+        start = 0
+        for count in group:
+            changes[start // part] += count
+            changes[(start + count - 1) // part + 1] -= count
+            start += count
+
+    return max(itertools.accumulate(changes[rank] for rank in sorted(changes)))
 
 
 @functools.cache

@@ -18,6 +18,7 @@ from megatron_interbert.planning.layout import (
     Load,
     largest_parameter,
     largest_unit,
+    partly_updated,
     rank_parameters,
     targets_of,
 )
@@ -84,7 +85,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     elif layout.zero_stage == 3:
         held = held_in_stage_3(with_live(sizes, layout), parameters)
     else:
-        held = held_in_stages_1_and_2(layout, parameters, table)
+        partly = partly_updated(sizes, layout.tensor, layout.data)
+        held = held_in_stages_1_and_2(layout, parameters, table, partly)
     if layout.averaged:
         average = FP32 * parameters / (1 if layout.zero_stage == 0 else layout.data)
         held = replace(held, optimizer=held.optimizer + average)
@@ -163,12 +165,16 @@ def held_in_stage_3(layout: Layout, parameters: int) -> Held:
     )
 
 
-def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Held:
-    """Return what a rank holds at ZeRO stages 1 and 2 (at 2 gradients are sharded too)."""
+def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float, partly: int) -> Held:
+    """Return what a rank holds at ZeRO stages 1 and 2.
+
+    `partly` counts the parameters of which it updates at least a part: DeepSpeed copies their
+    gradients to one place, and at stage 2 keeps no others.
+    """
     whole = layout.element * parameters
-    share = whole / layout.data
+    copied = layout.element * partly
     bucket = layout.element * min(parameters, layout.bucket)
-    gradients = whole if layout.zero_stage == 1 else share
+    gradients = whole if layout.zero_stage == 1 else copied
     # the gradients of a full bucket are joined while the next one is filled
     joined = bucket if parameters > layout.bucket else 0.0
 
@@ -178,7 +184,7 @@ def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float) -> Hel
         gradients=gradients,
         buffers=bucket + joined,
         begin=bucket + joined + (gradients if layout.accumulates else 0.0),
-        end=gradients + bucket + joined + table * (layout.zero_stage == 1),
+        end=gradients + bucket + joined + (table + copied) * (layout.zero_stage == 1),
         step=gradients + updated_bytes(layout, parameters),
     )
 

@@ -69,7 +69,7 @@ def write_recipe(
     sizes = None if model in PRESETS else folder / SIZES
     settings = settings_of(SIZES if sizes else model, found)
     start, rehearsal = commands_of(flags, found, gpu_memory, per_node)
-    lines = [f"# {start}", f"# {rehearsal}"]
+    lines = [f"# {line}" for line in commands_of(Path(FLAGS), found, gpu_memory, per_node)]
     lines += [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
 
     try:

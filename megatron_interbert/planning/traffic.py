@@ -11,12 +11,12 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens
 from megatron_interbert.planning.layout import (
     FP32,
-    SUB_GROUP,
     Layout,
     Load,
     rank_parameters,
     rank_shapes,
     targets_of,
+    update_groups,
 )
 
 FLOAT64 = 8
@@ -140,19 +140,8 @@ def shares_of_groups(sizes: ModelConfig, layout: Layout) -> list[int]:
     """Return the elements that a rank updates of each of the optimizer's groups, with padding: a
     group is cut into equal parts of an even number of elements.
     """
-    groups: list[int] = []
-    filled = {True: 0, False: 0}
-
-    for shape in rank_shapes(sizes, layout.tensor).values():
-        decays = len(shape) > 1
-        filled[decays] += math.prod(shape)
-        if filled[decays] >= SUB_GROUP:
-            groups.append(filled[decays])
-            filled[decays] = 0
-
-    groups += [count for count in filled.values() if count]
-
-    return [2 * math.ceil(count / (2 * layout.data)) for count in groups]
+    groups = update_groups(sizes, layout.tensor)
+    return [2 * math.ceil(sum(group) / (2 * layout.data)) for group in groups]
 
 
 def shares_of_parameters(sizes: ModelConfig, layout: Layout) -> list[int]:

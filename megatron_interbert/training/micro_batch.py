@@ -229,7 +229,7 @@ def measure_rates(
     """Return a rank's samples per second by micro-batch size, in ascending order, up to the last
     size that fits in `room` bytes and is worth trying.
     """
-    model = make_model().train()
+    model: InterBert | None = None  # is built once something fits
     rates: dict[int, float] = {}
 
     for samples in (size for size in range(1, share + 1) if share % size == 0):
@@ -242,6 +242,7 @@ def measure_rates(
         if not trial.fits(batch, room):
             break
 
+        model = model or make_model().train()
         seconds = trial.seconds(model, batch)
         if seconds is None:  # the prediction may be off by 10 %; the device decides
             break

@@ -69,8 +69,10 @@ def advice(trial: Trial, load: Load, room: Room) -> str:
         layout = replace(layout, accumulates=layout.accumulates or more)
         found = nearest_fit(sizes, layout, load, there, samples, half)
         if found:
-            needed = there.needed(found.memory) / GIB
-            return f"{words}: {changes(trial, found)} ({needed:.1f} GiB)"
+            needed = f"{there.needed(found.memory) / GIB:.1f} GiB"
+            if found.memory.disk:
+                needed += f", and {found.memory.disk / 1e9:.1f} GB of disk"
+            return f"{words}: {changes(trial, found)} ({needed})"
 
     smallest = smallest_nearby(sizes, trial.layout, load, room, samples, half)
     lacking = room.shortage(smallest.memory)

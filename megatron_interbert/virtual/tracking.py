@@ -95,12 +95,15 @@ class Tracker(TorchDispatchMode):
             return
 
         group = next(a for a in args if isinstance(a, torch.ScriptObject) and _is_group(a))
-        name = dist.ProcessGroup.unbox(group).group_name
+        ranks = dist.ProcessGroup.unbox(group)
+        if ranks.size() == 1:  # nothing is exchanged
+            return
+
         given = _inputs(operation, args)
         self.collectives.append(
             Collective(
                 NAMES.get(operation, operation.strip("_")),
-                self.groups.get(name, "world"),
+                self.groups.get(ranks.group_name, "world"),
                 sum(tensor.numel() for tensor in given),
                 str(given[0].dtype).removeprefix("torch.") if given else "uint8",
             )

@@ -101,7 +101,7 @@ def test_offload_is_planned_if_there_is_room(monkeypatch, capsys, tmp_path):
     """Plan 10 B on one device: nothing fits, the host's memory is too small, its disk is not."""
     output = tmp_path / "p.json"
     flags = ("--model", "m6-10b-dense", "--gpus", 1, "--device", "h100", "--output", output)
-    with pytest.raises(UsageError, match=r"try more of them, or a smaller model, or offload"):
+    with pytest.raises(UsageError, match=r"try more of them, a smaller model, or offload"):
         run_here(monkeypatch, *flags)
 
     run_here(monkeypatch, *flags, "--host-memory", 64, "--nvme-space", 1000)
@@ -179,7 +179,7 @@ def test_what_cannot_be_is_one_line(monkeypatch):
     for flags, line in (
         (
             ("--gpu-memory", 0.3),
-            "nothing fits 8 devices of 0.3 GiB; try more of them, or a smaller model, or offload"
+            "nothing fits 8 devices of 0.3 GiB; try more of them, a smaller model, or offload"
             " (--host-memory)",
         ),
         (("--micro-batch-size", -4), "--micro-batch-size is -4, expected more than 0"),
@@ -190,8 +190,8 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--output", "."), "--output .: is a folder, expected a file to write"),
         (
             ("--micro-batch-size", 10**6),
-            "nothing fits 8 devices of 80 GiB; try more of them, or fewer samples at a time, or"
-            " offload (--host-memory)",
+            "nothing fits 8 devices of 80 GiB; try more of them, fewer samples at a time,"
+            " or offload (--host-memory)",
         ),
         (
             ("--global-batch-size", 12, "--micro-batch-size", 7),
@@ -205,9 +205,17 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--search", "recipe"), "--search needs --device, by whose speed it chooses"),
         (("--global-batch-size", -3), "--global-batch-size is -3, expected 0 or more"),
         (("--gpus", 0), "--gpus is 0, expected more than 0"),
+        (("--words", "8-513"), "--words up to 513: the model has 512 positions"),
+        (("--efficiency", 2), "--efficiency is 2.0, expected more than 0, 1 at most"),
         (
-            ("--model", "sample"),
-            "--model sample takes sizes from its data; give base, or a JSON file with all sizes",
+            ("--gpu-memory", 0.2, "--host-memory", 1),
+            "nothing fits 8 devices of 0.2 GiB; try more of them, a smaller model, more"
+            " --host-memory, or offload to a disk (--nvme-space)",
+        ),
+        (
+            ("--model", "none"),
+            "--model none: no such preset or file; presets: tiny, sample, base, sample-chinese,"
+            " base-chinese, large, m6-10b-dense",
         ),
     ):
         assert refused(monkeypatch, *flags) == line
