@@ -24,7 +24,7 @@ from megatron_interbert.command_line import run_command, span
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import ABOVE_0, Flags, option
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import check_output, json_text, write_output
+from megatron_interbert.files import check_output, check_writable, json_text, write_output
 from megatron_interbert.machines.processes import aligned
 from megatron_interbert.model.presets import check_words, load_model_config, with_usual_data
 from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK, Layout, Load
@@ -155,8 +155,8 @@ class Options(Flags):
             raise UsageError("--nvme-space needs --host-memory, through which all data pass")
         if self.search and not self.device:
             raise UsageError("--search needs --device, by whose speed it chooses")
-        if self.search and Path(self.search).exists() and not Path(self.search).is_dir():
-            raise UsageError(f"--search {self.search}: is a file, expected a folder to write to")
+        if self.search:
+            check_writable(Path(self.search), "--search")
 
     def machine(self) -> Machine | None:
         """Return the device with what flags change of it; None without --device."""

@@ -199,8 +199,9 @@ def test_what_cannot_be_is_one_line(monkeypatch):
             " 8 data-parallel ranks",
         ),
         (
-            ("--search", __file__, "--device", "h100"),
-            f"--search {__file__}: is a file, expected a folder to write to",
+            ("--search", f"{__file__}/folder", "--device", "h100"),
+            f"--search {__file__}/folder: nothing can be written there (Not a directory); choose"
+            " another folder",
         ),
         (("--search", "recipe"), "--search needs --device, by whose speed it chooses"),
         (("--global-batch-size", -3), "--global-batch-size is -3, expected 0 or more"),
