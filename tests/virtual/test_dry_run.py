@@ -146,7 +146,7 @@ def test_what_fused_kernels_keep(
     config = DryRunConfig(gpu_memory=sum(peaks) / 2 / 2**30)
     planned = SimpleNamespace(host=0.0, peak=0.0)
     monkeypatch.setattr(dry_run, "planned_memory", lambda *_: planned)
-    too_large, small = ([SimpleNamespace(peak=peak, rank=3)] for peak in peaks)
+    too_large, small = ([SimpleNamespace(peak=peak, states=0, rank=3)] for peak in peaks)
     [line] = dry_run.check_fit(config, small)
     assert line.startswith(f"fits: {peaks[1] / 2**30:.2f} of ")
     with pytest.raises(UsageError, match=r"the run would not fit: .* of the GPU, rank 3; lower"):
