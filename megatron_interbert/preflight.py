@@ -5,14 +5,12 @@ batch arithmetic, data, disk and one step. Started by deepspeed, torchrun or
 launchers/preflight.sbatch on all machines, it first compares them in a table that marks odd ones.
 """
 
-import copy
 import importlib.metadata
 import math
 import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,20 +22,17 @@ from megatron_interbert.command_line import parse
 from megatron_interbert.config.options import AUTO, option
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.order import check_partitions
-from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore
-from megatron_interbert.errors import UsageError, at_end, run_entry
-from megatron_interbert.files import check_writable, nearest_folder, write_json
-from megatron_interbert.kernels.choice import Kernels, choose_kernels
-from megatron_interbert.machines.host import free_memory, free_swap, same_bits_every_time
+from megatron_interbert.errors import UsageError, run_entry
+from megatron_interbert.files import check_writable, nearest_folder
+from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.machines.node_table import compare_nodes, device_in_use
 from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import environment_of_one_process, read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
-from megatron_interbert.planning.memory import Memory, predict
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import (
     describe_data,
@@ -45,25 +40,13 @@ from megatron_interbert.tasks.parts import (
     open_stores,
     vocabulary_of_run,
 )
-from megatron_interbert.tasks.pretraining import pretraining_job
-from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
-    blocks_on_disk,
     described_offload,
     merge,
-    read_deepspeed_config,
 )
-from megatron_interbert.training.engine import Engine, engine_settings
-from megatron_interbert.training.fragments import FragmentedState
-from megatron_interbert.training.micro_batch import Trial, layout_of, load_of, needed_on
-from megatron_interbert.training.model_plan import build_model, plan_model
-from megatron_interbert.training.optimizer import elements, learning_rate
 from megatron_interbert.training.resume import check_same_model, newest_manifest
-from megatron_interbert.training.room import room_of
-from megatron_interbert.training.run import random_streams
-from megatron_interbert.training.swap import ROOM as SWAP_ROOM
-from megatron_interbert.training.swap import check_folder, prepare_swap
+from megatron_interbert.training.trial_step import try_step
 
 REQUIRED = {
     "torch": (2, 10),
@@ -257,174 +240,14 @@ def checkpoints_kept(config: PreflightConfig) -> int:
     return config.keep_last + (steps // config.keep_every if config.keep_every else 0)
 
 
-def config_of_one_process(config: PreflightConfig) -> PreflightConfig:
-    """Return the configuration of the same run on one process: whole layers, one micro-batch a
-    step.
-    """
-    alone = copy.copy(config)
-    alone.tensor_model_parallel_size = 1
-    alone.sequence_parallel = False
-    alone.global_batch_size = 0
-
-    if config.deepspeed_config:  # without its batch sizes, which are those of all ranks
-        settings = read_deepspeed_config(config)
-        for name in ("train_batch_size", "gradient_accumulation_steps"):
-            settings.pop(name, None)
-        folder = Path(tempfile.mkdtemp(prefix="interbert-preflight-"))
-        at_end(lambda: shutil.rmtree(folder, ignore_errors=True))
-        alone.deepspeed_config = str(folder / "deepspeed.json")
-        write_json(Path(alone.deepspeed_config), settings)
-
-    return alone
-
-
 def check_step(config: PreflightConfig) -> str:
-    """Try one training step on one process, with the run's data, kernels, precision and optimizer.
-
-    Communication between ranks and DeepSpeed's update of sharded weights are not tried. Returns a
-    summary.
-    """
-    if config.deterministic:
-        same_bits_every_time()
-
-    device = start_processes()
-    state = ParallelState()
-    alone = config_of_one_process(config)
-    job = pretraining_job(alone, state)
-    plan = plan_model(alone, job, state, device)
-    streams = random_streams(alone, state, device)
-    kernels = plan.kernels
-    trial = Trial(alone, job, state, device, kernels)
-    memory = memory_of_run(config, job, trial.batch(config.micro_batch_size), kernels, device)
-    samples, lacking = samples_for_one_process(trial)
-    if not samples:
-        return f"not tried: one process, which holds the whole model, needs {lacking}; {memory}"
-
-    names = plan.without_memory()
-    settings = engine_settings(alone, state, names)
-    settings = prepare_swap(settings, elements(names.parameters()), ranks=1)
-    model = build_model(plan, alone, streams, device, settings)
-    engine = Engine(model, alone, state, settings=settings)
-    FragmentedState(engine).fill_weights(plan.first_weights)
-    streams.start_step(1)
-    figures, norm = one_step(engine, job, trial.batch(samples), alone, device)
-
-    losses = ", ".join(f"{name} {figures[f'{name}_loss']:.3f}" for name in config.objective_names())
-    notes = [f"losses {losses}", f"gradient norm {norm:.2f}"]
-    if samples < config.micro_batch_size:
-        notes.append(f"{samples} of {config.micro_batch_size} samples: it holds the whole model")
-    if device.type == "cuda":
-        seen = torch.cuda.max_memory_allocated(device) / 2**30
-        notes.append(f"peak {seen:.2f} GiB in this one-process step")
-
-    return "; ".join([*notes, memory, f"kernels: {kernels.describe()}"])
-
-
-def check_swap_disk(config: PreflightConfig, memory: Memory) -> None:
-    """Raise UsageError if a disk here has less than one rank of the run needs of it."""
-    settings = merge(config, ranks_of(config))
-
-    for block in blocks_on_disk(settings).values():
-        path = block["nvme_path"]
-        free = free_space(path)
-        if memory.disk > free:
-            raise UsageError(
-                f"nvme_path {path}: {memory.disk / 1e9:.1f} GB predicted per rank, there is room"
-                f" for {free / 1e9:.1f}; make room, or use more machines"
-            )
-
-
-def one_step(
-    engine: Engine, job: Job, batch: PackedBatch, config: RunConfig, device: torch.device
-) -> tuple[dict[str, float], float]:
-    """Train on one batch; return its metrics and gradient norm.
-
-    Raises UsageError if loss or gradients are not finite.
-    """
-    totals = job.task.count_targets(batch).to(device)
-    batch = batch.to(device)
-    loss, report = job.task.loss(engine.forward(batch), batch, totals)
-    engine.backward(loss, last=True)
-    norm, applied = engine.step(learning_rate(1, config))
-
-    # fp16 may skip the first step: it is still finding its loss scale
-    if not torch.isfinite(loss) or not (applied or config.fp16):
-        raise UsageError(
-            f"the first step is not finite (loss {loss.item()}, gradient norm {norm}); check the"
-            " data with --strict-boxes, lower --lr or use --bf16"
-        )
-
-    return job.task.metrics(report, 1), norm
+    """Try one training step on one process; return a summary."""
+    return try_step(config, ranks_of(config))
 
 
 def ranks_of(config: PreflightConfig) -> int:
     """Return the data-parallel size of the run."""
     return config.world_size // config.tensor_model_parallel_size
-
-
-def samples_for_one_process(trial: Trial) -> tuple[int, str]:
-    """Return (how many samples of a micro-batch fit one process that holds the whole model, what
-    the first number that was tried lacks).
-    """
-    paths = {block["nvme_path"] for block in blocks_on_disk(merge(trial.config, 1)).values()}
-    room = room_of(trial, min(map(free_space, paths), default=math.inf))
-    samples = trial.config.micro_batch_size
-    lacking = ""
-
-    while samples:
-        memory = predict(trial.job.model_config, trial.layout, load_of(trial.batch(samples)))
-        if not (short_of := room.shortage(memory)):
-            break
-        lacking = lacking or short_of
-        samples //= 2
-
-    return samples, lacking
-
-
-def free_space(path: str) -> int:
-    """Return the bytes that a disk has for swap files; UsageError if their folder is missing."""
-    check_folder(path)
-    return int(shutil.disk_usage(path).free / SWAP_ROOM)
-
-
-def memory_of_run(
-    config: PreflightConfig, job: Job, batch: PackedBatch, kernels: Kernels, device: torch.device
-) -> str:
-    """Describe the peak memory predicted for a rank of the run.
-
-    Raises UsageError if the GPU, or without one this machine, has less.
-    """
-    layout = layout_of(config, ranks_of(config), kernels)
-    memory = predict(job.model_config, layout, load_of(batch))
-    predicted = needed_on(device, memory) / 2**30
-    said = f"{predicted:.2f} GiB predicted per rank"
-    if memory.disk:
-        said += f", and {memory.disk / 1e9:.1f} GB of its disk"
-
-    on_gpu = device.type == "cuda"
-    there = free_memory() + free_swap()
-    if on_gpu:
-        there = torch.cuda.get_device_properties(device).total_memory
-    there /= 2**30
-    what = "the GPU has" if on_gpu else "this machine has for all of its ranks"
-    if predicted > there:
-        elsewhere = "" if on_gpu else "; for GPUs elsewhere, rehearse it by interbert dry-run"
-        less = "lower --micro-batch-size (or let auto choose it)"
-        if (memory.weights + memory.optimizer) / 2**30 > there:
-            less = "share or offload more (--zero-stage, --tensor-model-parallel-size)"
-        raise UsageError(
-            f"{predicted:.1f} GiB predicted per rank, {what} {there:.1f}; {less}, or see interbert"
-            f" plan{elsewhere}"
-        )
-
-    check_swap_disk(config, memory)
-    if not on_gpu:
-        return f"{said}; {what} {there:.1f} GiB"
-
-    if layout.offloads:
-        said += f", and {memory.host / 2**30:.2f} GiB of its host"
-
-    return f"{said}; the GPU has {there:.1f} GiB"
 
 
 def check_nodes(config: PreflightConfig) -> None:

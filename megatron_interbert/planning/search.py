@@ -222,23 +222,8 @@ def nearest_fit(
     return next((one for one in found if not room.shortage(one.memory)), None)
 
 
-def smallest_nearby(
-    sizes: ModelConfig,
-    layout: Layout,
-    load: Load,
-    room: Room,
-    micro_batch: int,
-    has_bf16: bool = False,
-) -> Fit:
-    """Return the layout with the same ranks, and its micro-batch, that exceeds the room least; the
-    arguments are those of `nearest_fit`.
-    """
-    found = nearby_fits(sizes, layout, load, micro_batch, has_bf16)
-    return min(found, key=lambda one: room.filled(one.memory))
-
-
 def nearby_fits(
-    sizes: ModelConfig, layout: Layout, load: Load, micro_batch: int, has_bf16: bool
+    sizes: ModelConfig, layout: Layout, load: Load, micro_batch: int, has_bf16: bool = False
 ) -> Iterator[Fit]:
     """Yield the layouts near to `layout`, and micro-batches, with their memory; the nearest first,
     whether they fit or not.

@@ -105,6 +105,7 @@ class Trial:
         self.state = state
         self.device = device
         self.dtype = working_dtype(config)
+        self.kernels = kernels
         self.layout = layout_of(config, state.data_size, kernels)
         if job.evaluate:
             precision = choose_precision(config.eval_precision, device)

@@ -16,8 +16,8 @@ from megatron_interbert.planning.search import (
     Fit,
     Room,
     flags_of,
+    nearby_fits,
     nearest_fit,
-    smallest_nearby,
 )
 from megatron_interbert.training.deepspeed_config import read_deepspeed_config
 from megatron_interbert.training.micro_batch import Trial, load_of, memory_of
@@ -74,7 +74,8 @@ def advice(trial: Trial, load: Load, room: Room) -> str:
                 needed += f", and {found.memory.disk / 1e9:.1f} GB of disk"
             return f"{words}: {changes(trial, found)} ({needed})"
 
-    smallest = smallest_nearby(sizes, trial.layout, load, room, samples, half)
+    others = nearby_fits(sizes, trial.layout, load, samples, half)
+    smallest = min(others, key=lambda one: room.filled(one.memory))
     lacking = room.shortage(smallest.memory)
 
     return (
