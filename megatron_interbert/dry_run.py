@@ -102,12 +102,16 @@ class DryRunConfig(RunConfig):
                 f"--world-size {self.world_size} is not a multiple of --tensor-model-parallel-size"
                 f" {self.tensor_model_parallel_size}; change one of them"
             )
-        if self.device and not self.gpu_memory:
-            self.gpu_memory = MACHINES[self.device].memory_gib
         if self.micro_batch_size == AUTO:
             raise UsageError("--micro-batch-size auto is found by trial on a device; give a number")
 
         self.chosen_ranks()
+
+    @property
+    def memory_of_gpu(self) -> float:
+        """Return the bytes of a GPU of the run; 0 if they are not known."""
+        named = MACHINES[self.device].memory_gib if self.device else 0.0
+        return (self.gpu_memory or named) * GIB
 
     def chosen_ranks(self) -> list[int]:
         """Return the ranks to rehearse; UsageError if one does not exist."""
@@ -300,16 +304,13 @@ def check_together(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[st
     return [*lines, "checkpoint: each element of weights and moments is saved once"]
 
 
-def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
-    """Return a line on the memory of the GPU, if it is known; UsageError if a rank needs more.
+def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> str:
+    """Return a line on the memory of the run's GPUs; UsageError if a rank needs more.
 
     Tracked memory is that of device and host together: what is offloaded is taken off by plan. On
     a CPU offloaded parameters of one rank are not gathered, so the plan counts too.
     """
-    there = config.gpu_memory * GIB
-    if not there:
-        return []
-
+    there = config.memory_of_gpu
     largest = max(rehearsals, key=lambda one: one.peak)
     planned = planned_memory(config, largest)
     needed = largest.peak - planned.host
@@ -325,7 +326,7 @@ def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
     tight = needed > (1 - SPARE) * there
     spare = f", with less than {SPARE:.0%} for driver and allocator" if tight else ""
 
-    return [f"fits: {said}{spare}"]
+    return f"fits: {said}{spare}"
 
 
 def record(config: DryRunConfig, rehearsals: list[Rehearsal]) -> dict[str, Any]:
@@ -371,7 +372,8 @@ def dry_run(config: DryRunConfig) -> None:
     print(*check_together(config, rehearsals), sep="\n", flush=True)
     if config.output:
         write_output(Path(config.output), json_text(record(config, rehearsals)), "--output")
-    print(*check_fit(config, rehearsals), sep="\n", flush=True)
+    if config.memory_of_gpu:
+        print(check_fit(config, rehearsals), flush=True)
 
 
 def run() -> None:

@@ -147,20 +147,18 @@ def test_what_fused_kernels_keep(
     planned = SimpleNamespace(host=0.0, peak=0.0)
     monkeypatch.setattr(dry_run, "planned_memory", lambda *_: planned)
     too_large, small = ([SimpleNamespace(peak=peak, states=0, rank=3)] for peak in peaks)
-    [line] = dry_run.check_fit(config, small)
-    assert line.startswith(f"fits: {peaks[1] / 2**30:.2f} of ")
+    assert dry_run.check_fit(config, small).startswith(f"fits: {peaks[1] / 2**30:.2f} of ")
     with pytest.raises(UsageError, match=r"the run would not fit: .* of the GPU, rank 3; lower"):
         dry_run.check_fit(config, too_large)
 
     planned.host = peaks[0] - peaks[1]  # then the device has less, but not less than planned
-    assert "fits" in dry_run.check_fit(config, too_large)[0]
+    assert dry_run.check_fit(config, too_large).startswith("fits")
     planned.peak = 2 * peaks[0]
     with pytest.raises(UsageError, match="would not fit"):
         dry_run.check_fit(config, too_large)
 
-    named = DryRunConfig(device="a100-40", data_path="x")
-    named.check()
-    assert named.gpu_memory == 40
+    assert DryRunConfig(device="a100-40").memory_of_gpu == 40 * 2**30
+    assert DryRunConfig().memory_of_gpu == 0
 
 
 def check_traffic(figures: dict, slack: int = 0) -> None:
