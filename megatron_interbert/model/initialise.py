@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class FirstWeights:
 
     config: ModelConfig
     seed: int
+    pretrained: ClassVar[frozenset[str]] = frozenset()  # no parameter is
 
     def read(self, kind: str, run: SliceRun) -> torch.Tensor:
         """Return a run of a parameter's first weights ("weight"): float32 [length]."""

@@ -72,8 +72,7 @@ class Layout:
         """Check whether ranks share the copy of the weights that evaluations need; see
         training/evaluation_copy.py.
         """
-        whole = self.data == 1 and self.parameters_on == ON_DEVICE
-        return self.zero_stage == 3 and not (self.shares_nothing or whole)
+        return keeps_parts(self.zero_stage, self.data, self.parameters_on)
 
     @property
     def sharing(self) -> int:
@@ -84,6 +83,11 @@ class Layout:
     def element(self) -> int:
         """Return the bytes of a value in the forward and backward passes."""
         return 2 if self.half else FP32
+
+
+def keeps_parts(zero_stage: int, data: int, parameters_on: str) -> bool:
+    """Check whether a rank keeps the weights in parts, or away from the device, between uses."""
+    return zero_stage == 3 and (data > 1 or parameters_on != ON_DEVICE)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from megatron_interbert.model.construction import give_memory
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.shared_weights import MeetingState, SharedWeights
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.planning.layout import ON_DEVICE
+from megatron_interbert.planning.layout import ON_DEVICE, keeps_parts
 from megatron_interbert.training.deepspeed_config import offload_blocks
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState
@@ -46,11 +46,11 @@ def copy_for_evaluation(model: InterBert, engine: Engine, device: torch.device) 
     """
     state = engine.state
     offload = offload_blocks(engine.deepspeed_config)["offload_param"]
-    on_device = offload.get("device", ON_DEVICE) == ON_DEVICE
-    if engine.update.stage < 3 or (state.data_size == 1 and on_device):
+    kept_on = offload.get("device", ON_DEVICE)
+    if not keeps_parts(engine.update.stage, state.data_size, kept_on):
         return EvaluationCopy(give_memory(model, device), state)
 
     most = engine.deepspeed.zero_max_live_parameters()
-    kept_on = device if on_device else torch.device("cpu")
+    place = device if kept_on == ON_DEVICE else torch.device("cpu")
 
-    return EvaluationCopy(model, state, SharedWeights(model, state, device, most, kept_on))
+    return EvaluationCopy(model, state, SharedWeights(model, state, device, most, place))

@@ -1,4 +1,4 @@
-"""Plan and build a run's models: sizes, heads, kernels, random streams."""
+"""Plan and build a run's models, and the engine around the one to train."""
 
 import functools
 from dataclasses import dataclass, replace
@@ -14,7 +14,9 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.training.engine import engine_settings
+from megatron_interbert.training.engine import Engine, engine_settings
+from megatron_interbert.training.first_weights import InitialWeights
+from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.sharding import sharded_model
 from megatron_interbert.training.update import shards_weights
 
@@ -126,3 +128,24 @@ def build_model(
         return sharded_model(make, device, plan.state, settings)
 
     return plan.whole(streams, device, working_dtype(config))
+
+
+def build_engine(
+    plan: ModelPlan,
+    config: TrainConfig,
+    streams: RandomStreams,
+    device: torch.device,
+    weights: FirstWeights | InitialWeights,
+    settings: dict[str, Any] | None = None,
+    fill: bool = True,
+) -> Engine:
+    """Build the model to train and the engine around it, and fill in the weights to start from,
+    unless a checkpoint is to do so; `settings` are DeepSpeed's.
+    """
+    settings = settings or engine_settings(config, plan.state, plan.without_memory())
+    model = build_model(plan, config, streams, device, settings)
+    engine = Engine(model, config, plan.state, weights.pretrained, settings)
+    if fill:
+        FragmentedState(engine).fill_weights(weights)
+
+    return engine

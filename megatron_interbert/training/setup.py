@@ -30,10 +30,9 @@ from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.evaluation import DownstreamEvaluation, Evaluation, LossEvaluation
 from megatron_interbert.training.evaluation_copy import copy_for_evaluation
 from megatron_interbert.training.first_weights import InitialWeights, open_initial_weights
-from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.loop import Trainer
 from megatron_interbert.training.micro_batch import Trial
-from megatron_interbert.training.model_plan import ModelPlan, build_model, plan_model
+from megatron_interbert.training.model_plan import ModelPlan, build_engine, plan_model
 from megatron_interbert.training.optimizer import elements
 from megatron_interbert.training.resume import find_checkpoint, keep_fitted
 from megatron_interbert.training.room import check_memory
@@ -67,7 +66,7 @@ def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer
     check_memory(Trial(config, job, run.state, run.device, plan.kernels))
     # before the model exists: loader processes are forks, which would keep its memory alive
     stream = open_stream(run, job, start.resume)
-    engine = build_engine(run, job, plan, start.resume)
+    engine = start_engine(run, job, plan, start.resume)
 
     return begin(run, job, plan, engine, start, stream)
 
@@ -94,15 +93,12 @@ def open_stream(run: Run, job: Job, resume: Path | None) -> Iterator[PackedBatch
     return batches(job.samples, consumed, run.config.global_batch_size, run.state, run.device)
 
 
-def build_engine(run: Run, job: Job, plan: ModelPlan, resume: Path | None = None) -> Engine:
-    """Build the model and the engine around it, and fill in the weights to start from; a run that
-    resumes reads its own later.
-    """
+def start_engine(run: Run, job: Job, plan: ModelPlan, resume: Path | None = None) -> Engine:
+    """Build the engine with the weights to start from; a run that resumes reads its own later."""
     config = run.config
     state = run.state
     names = plan.without_memory()
     weights: FirstWeights | InitialWeights = plan.first_weights
-    pretrained: set[str] = set()
 
     if config.init_from:  # also on resume: parameter groups depend on what came from BERT
         weights = open_initial_weights(
@@ -113,15 +109,13 @@ def build_engine(run: Run, job: Job, plan: ModelPlan, resume: Path | None = None
             job.data,
             config.allow_other_detector,
         )
-        pretrained = weights.pretrained
 
     settings = engine_settings(config, state, names)
     count = elements(names.parameters())
     settings = together(state, lambda: prepare_swap(settings, count, state.data_size))
-    model = build_model(plan, config, run.streams, run.device, settings)
-    engine = Engine(model, config, state, pretrained, settings)
-    if not resume:
-        FragmentedState(engine).fill_weights(weights)
+    engine = build_engine(
+        plan, config, run.streams, run.device, weights, settings, fill=resume is None
+    )
     give_back_memory()
 
     return engine

@@ -27,9 +27,8 @@ from megatron_interbert.training.deepspeed_config import (
     read_deepspeed_config,
 )
 from megatron_interbert.training.engine import Engine, engine_settings
-from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.micro_batch import Trial, layout_of, load_of
-from megatron_interbert.training.model_plan import build_model, plan_model
+from megatron_interbert.training.model_plan import build_engine, plan_model
 from megatron_interbert.training.optimizer import elements, learning_rate
 from megatron_interbert.training.room import advice, room_of
 from megatron_interbert.training.run import random_streams
@@ -63,9 +62,7 @@ def try_step(config: RunConfig, ranks: int) -> str:
     names = plan.without_memory()
     settings = engine_settings(alone, state, names)
     settings = prepare_swap(settings, elements(names.parameters()), ranks=1)
-    model = build_model(plan, alone, streams, device, settings)
-    engine = Engine(model, alone, state, settings=settings)
-    FragmentedState(engine).fill_weights(plan.first_weights)
+    engine = build_engine(plan, alone, streams, device, plan.first_weights, settings)
     streams.start_step(1)
     figures, norm = one_step(engine, job, trial.batch(samples), alone, device)
 

@@ -38,6 +38,7 @@ from megatron_interbert.virtual.stand_ins import nvme_without_disk
 from megatron_interbert.virtual.tracking import Collective, Tracker
 
 HERE = torch.device("cpu")
+FLAGS = (torch.bool, torch.uint8)
 
 
 @dataclass
@@ -76,13 +77,16 @@ class VirtualState(ParallelState):
 
 
 class ShapesOnly(FakeTensorMode):
-    """Give every value that a computation asks for as 1."""
+    """Give every value that a computation asks for as 1, and every flag as 0: DeepSpeed skips an
+    update if one says that gradients are not finite.
+    """
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is torch.ops.aten._local_scalar_dense.default:
-            return torch.ones((), dtype=args[0].dtype).item()
+            dtype = args[0].dtype
+            return torch.tensor(dtype not in FLAGS, dtype=dtype).item()
         return super().__torch_dispatch__(func, types, args, kwargs or {})
 
 
@@ -153,9 +157,12 @@ def rehearse(
         tracker.collectives.clear()
         found.states = tracker.live
         tracker.mark()
-        run_step(engine, job, batches, streams)
+        applied = run_step(engine, job, batches, streams)
         found.peak = tracker.mark()
         found.collectives = list(tracker.collectives)
+
+    if not applied:
+        raise RuntimeError("DeepSpeed skipped the update, whose memory would be missing")
 
     found.tokens = [Tokens.of(batch) for batch in micro_batches]
     found.load = max((load_of(batch) for batch in micro_batches), key=lambda load: load.samples)
@@ -165,8 +172,8 @@ def rehearse(
 
 def run_step(
     engine: Engine, job: Job, micro_batches: list[PackedBatch], streams: RandomStreams
-) -> None:
-    """Run an optimizer step as the training loop does."""
+) -> bool:
+    """Run an optimizer step as the training loop does; return whether weights were updated."""
     counts = torch.stack([job.task.count_targets(batch) for batch in micro_batches]).sum(dim=0)
     totals = engine.state.sum_over_data(counts)
     streams.start_step(1)
@@ -176,7 +183,8 @@ def run_step(
         engine.backward(loss, last=number == len(micro_batches) - 1)
         del loss
 
-    engine.step(1e-4)
+    _, applied = engine.step(1e-4)
+    return applied
 
 
 def as_fake(mode: FakeTensorMode, batch: PackedBatch) -> PackedBatch:

@@ -39,10 +39,8 @@ def count(changes: dict) -> None:
     from megatron_interbert.planning.traffic import step_traffic
     from megatron_interbert.tasks.pretraining import PretrainingTask
     from megatron_interbert.tasks.task import Job
-    from megatron_interbert.training.engine import Engine, engine_settings
-    from megatron_interbert.training.fragments import FragmentedState
     from megatron_interbert.training.micro_batch import layout_of
-    from megatron_interbert.training.model_plan import ModelPlan, build_model
+    from megatron_interbert.training.model_plan import ModelPlan, build_engine
     from megatron_interbert.virtual.rank import run_step
     from megatron_interbert.virtual.samples import random_examples
     from megatron_interbert.virtual.tracking import Tracker, Volumes
@@ -52,10 +50,7 @@ def count(changes: dict) -> None:
     job = Job(PretrainingTask(), None, SIZES, ("msm", "mrm", "itm"), {}, "")
     plan = ModelPlan(job, state, Kernels(), 0, recompute=config.recompute_activations)
     streams = RandomStreams(0, state.data_rank, state.tensor_rank)
-    settings = engine_settings(config, state, plan.without_memory())
-    model = build_model(plan, config, streams, torch.device("cpu"), settings)
-    engine = Engine(model, config, state, settings=settings)
-    FragmentedState(engine).fill_weights(plan.first_weights)
+    engine = build_engine(plan, config, streams, torch.device("cpu"), plan.first_weights)
     examples = random_examples(SIZES, 3, (8, 20), (10, 30), seed=state.data_rank)
     batch = pack(examples, SIZES.feature_dim)
     groups = {state.tensor_group.group_name: "tensor", state.data_group.group_name: "data"}

@@ -68,9 +68,8 @@ class Run:
         from megatron_interbert.tasks.pretraining import PretrainingTask
         from megatron_interbert.tasks.task import Job
         from megatron_interbert.training.checkpoint import Checkpoints, Progress
-        from megatron_interbert.training.engine import Engine, engine_settings
-        from megatron_interbert.training.fragments import FragmentedState
-        from megatron_interbert.training.model_plan import ModelPlan, build_model
+        from megatron_interbert.training.engine import engine_settings
+        from megatron_interbert.training.model_plan import ModelPlan, build_engine
         from megatron_interbert.training.optimizer import elements
 
         self.sizes = sizes
@@ -91,16 +90,17 @@ class Run:
         names = plan.without_memory()
         settings = engine_settings(self.config, self.state, names)
         settings = swap.prepare_swap(settings, elements(names.parameters()), self.state.data_size)
-        model = build_model(plan, self.config, self.streams, torch.device("cpu"), settings)
-        self.engine = Engine(model, self.config, self.state, settings=settings)
+        device = torch.device("cpu")
+        weights = plan.first_weights
+        self.engine = build_engine(
+            plan, self.config, self.streams, device, weights, settings, fill=not load
+        )
         described = {"store": "", "manifest_sha256": "s", "vocabulary": "v", "detector": {}}
         vocabulary = f"{folder}/vocab.txt"
         self.checkpoints = Checkpoints(self.config, sizes, self.state, described, vocabulary)
         self.progress = Progress()
         if load:
             self.progress = self.checkpoints.load(self.engine, Path(load))
-        else:
-            FragmentedState(self.engine).fill_weights(plan.first_weights)
 
     def train(self, last: int) -> list[tuple[float, float]]:
         """Train up to step `last`; return each step's loss and gradient norm."""

@@ -41,10 +41,8 @@ from megatron_interbert.planning.timing import (
 )
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
-from megatron_interbert.training.engine import Engine, engine_settings
-from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.micro_batch import layout_of
-from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.training.model_plan import ModelPlan, build_engine
 from megatron_interbert.virtual.samples import random_examples
 from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.options import BenchmarkOptions
@@ -255,10 +253,7 @@ class Step:
             self.model = plan.filled(self.streams, device, torch.float32)
             return
 
-        settings = engine_settings(config, self.state, plan.without_memory())
-        model = build_model(plan, config, self.streams, device, settings)
-        self.engine = Engine(model, config, self.state, settings=settings)
-        FragmentedState(self.engine).fill_weights(plan.first_weights)
+        self.engine = build_engine(plan, config, self.streams, device, plan.first_weights)
 
     def passes(self) -> None:
         """Run a forward and a backward pass of the bare model."""
