@@ -149,6 +149,7 @@ def with_live(sizes: ModelConfig, layout: Layout) -> Layout:
 def held_in_stage_3(layout: Layout, parameters: int) -> Held:
     """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step."""
     share = layout.element * parameters / layout.data
+    again = layout.element * parameters / layout.secondary if layout.secondary else 0.0
     bucket = layout.element * min(parameters, layout.bucket)
     gathered = layout.element * min(parameters, layout.live)
     received = layout.element * min(parameters, layout.prefetch)
@@ -159,8 +160,8 @@ def held_in_stage_3(layout: Layout, parameters: int) -> Held:
         optimizer=(FP32 + ADAM) * parameters / layout.data,
         gradients=share,
         buffers=bucket,
-        begin=kept + (gathered + received if layout.data > 1 else 0.0),
-        end=kept + gathered + bucket,
+        begin=kept + again + (gathered + received if layout.data > 1 else 0.0),
+        end=kept + again + gathered + bucket,
         step=kept + updated_bytes(layout, parameters),
     )
 

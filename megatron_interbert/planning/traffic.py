@@ -1,7 +1,8 @@
 """Predict what a rank contributes to each collective of an optimizer step, by arithmetic.
 
-Tests compare it with the collectives of a dry run: equal bytes. One case is an upper bound: what
-ZeRO-3 gathers with several micro-batches, between which DeepSpeed keeps some weights.
+Tests compare it with the collectives of a dry run: equal bytes. What ZeRO-3 gathers a second time,
+beyond its live limit or for another micro-batch, is an upper bound: DeepSpeed keeps up to one
+parameter more than its limit, and some weights between micro-batches.
 """
 
 import math
@@ -126,12 +127,15 @@ def data_traffic(sizes: ModelConfig, layout: Layout, micro_batches: int) -> Traf
         found["all_gather", "data"] += layout.element * sum(shares_of_groups(sizes, layout))
     else:
         share = layout.element * sum(shares_of_parameters(sizes, layout))
-        again = (
-            max(0, parameters - layout.live) / parameters
-        )  # what was released after its forward pass
+        # what was released after its forward pass is gathered once more
+        gathers = micro_batches * (1 + max(0, parameters - layout.live) / parameters)
         found["all_reduce", "data"] += 2 * FLOAT64  # the norm, and whether it is finite
-        found["all_gather", "data"] += micro_batches * (1 + again) * share
         found["reduce_scatter", "data"] += micro_batches * layout.data * share
+        if layout.secondary:
+            found["all_gather", "data"] += share
+            found["all_gather", "secondary"] += (gathers - 1) * gradients / layout.secondary
+        else:
+            found["all_gather", "data"] += gathers * share
 
     return found
 

@@ -44,6 +44,11 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
         check_disk_buffers(config, settings, largest)
         zero["stage3_max_reuse_distance"] = 0
         zero.pop("max_reuse_distance", None)  # the same under DeepSpeed's other name
+    elif config.zero_stage == 3:
+        parsed = zero_settings(settings)
+        if "max_reuse_distance" not in parsed.model_fields_set:
+            # DeepSpeed keeps what is used again within this distance, whatever its live limit
+            zero["stage3_max_reuse_distance"] = parsed.max_live_parameters
 
     return settings
 

@@ -48,6 +48,9 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
     zero = zero_settings(settings)
     said = {name: key for name, key in AT_ONCE.items() if key in zero.model_fields_set}
     given = {name: getattr(zero, key) for name, key in said.items()}
+    if "max_reuse_distance" in zero.model_fields_set:
+        # a parameter is used again, in the backward pass, after all that follow it twice
+        given["live"] = max(zero.max_live_parameters, zero.max_reuse_distance // 2)
     if zero.offload_optimizer:
         given["swap_buffers"] = zero.offload_optimizer.buffer_count
     if zero.offload_param:
@@ -57,6 +60,8 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
             given["parameter_buffer"] = zero.offload_param.buffer_size
     if config.zero_stage < 3:  # where groups are those of training/optimizer.py
         given.pop("sub_group", None)
+    elif zero.zero_hpz_partition_size > 1:
+        given["secondary"] = min(zero.zero_hpz_partition_size, data_parallel_size)
 
     return Layout(
         data=data_parallel_size,

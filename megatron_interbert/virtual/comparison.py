@@ -21,7 +21,7 @@ def find_hang(rehearsals: Sequence[Rehearsal]) -> str:
     """
     members: dict[Group, list[Rehearsal]] = defaultdict(list)
     for one in rehearsals:
-        for kind in ("tensor", "data", "world"):
+        for kind in ("tensor", "data", "secondary", "world"):
             members[group_of(one, kind)].append(one)
 
     done = {one.rank: 0 for one in rehearsals}
@@ -50,7 +50,8 @@ Group = tuple[str, int]  # (kind, what its members have in common)
 
 def group_of(one: Rehearsal, kind: str) -> Group:
     """Return the group of a kind that a rank is in."""
-    return kind, {"tensor": one.data_rank, "data": one.tensor_rank}.get(kind, 0)
+    common = {"tensor": one.data_rank, "data": one.tensor_rank, "secondary": one.secondary_group}
+    return kind, common.get(kind, 0)
 
 
 def head(one: Rehearsal, done: Mapping[int, int]) -> Collective | None:

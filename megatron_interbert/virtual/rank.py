@@ -16,6 +16,8 @@ from unittest import mock
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.utils import groups
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -53,6 +55,7 @@ class Rehearsal:
     sizes: ModelConfig
     shapes: dict[str, tuple[int, ...]]  # of the parameters' tensor-parallel slices
     kernels: Kernels
+    secondary_group: int = 0  # number of the group that holds all weights once more, if any does
     states: int = 0
     peak: int = 0
     collectives: list[Collective] = field(default_factory=list)
@@ -109,13 +112,14 @@ def one_of(world_size: int, rank: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def without_values() -> Iterator[ShapesOnly]:
-    """Let DeepSpeed work on fake tensors within the context: it looks at their addresses, and
-    compares lists with those of rank 0.
+    """Let DeepSpeed work on fake tensors within the context: it looks at their addresses, compares
+    lists with those of rank 0, and asks whether the processor computes in float16.
     """
     utils = "deepspeed.runtime.zero.utils"
     with (
         ShapesOnly(allow_non_fake_inputs=True) as mode,
         mock.patch.object(FakeTensor, "data_ptr", return_value=0),
+        mock.patch.object(CPU_Accelerator, "is_fp16_supported", return_value=True),
         mock.patch(f"{utils}.assert_lst_len_same_as_other_ranks"),
         mock.patch(f"{utils}.get_lst_from_rank0", side_effect=list),
     ):
@@ -145,6 +149,10 @@ def rehearse(
         model = build_model(plan, config, streams, HERE, settings)
         model.to = lambda *_, **__: model  # fake parameters cannot be moved, nor need to be
         engine = Engine(model, config, state, settings=settings)
+        if secondary := groups._get_zero_param_intra_parallel_group():
+            tracker.groups[secondary.group_name] = "secondary"
+            found.secondary_group = state.data_rank // secondary.size()
+
         held = FragmentedState(engine)
         found.outline = held.outline()
         for _ in held.held():  # creates the moments

@@ -23,8 +23,8 @@ NAMES = {
 
 @dataclass(frozen=True)
 class Collective:
-    """Describe one collective of a rank: its operation, its group ("tensor", "data" or "world"),
-    and the elements and dtype that it contributes.
+    """Describe one collective of a rank: its operation, its group ("tensor", "data",
+    "secondary" or "world"), and the elements and dtype that it contributes.
     """
 
     operation: str

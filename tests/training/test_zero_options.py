@@ -18,7 +18,11 @@ from tests.training.test_swap import LAST, SAVED, Run, check_close
 OPTIONS = {
     "plain": {},
     "overlap": {"overlap_comm": True},
-    "secondary": {"zero_hpz_partition_size": 2},  # each pair of ranks holds all weights once more
+    "secondary": {  # each pair of ranks holds all weights once more, and gathers most from there
+        "zero_hpz_partition_size": 2,
+        "stage3_max_live_parameters": 10_000,
+        "stage3_param_persistence_threshold": 0,
+    },
 }
 
 

@@ -17,6 +17,7 @@ from megatron_interbert.config.options import AUTO
 from megatron_interbert.dry_run import DryRunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.planning.layout import largest_parameter
 from megatron_interbert.virtual import rank as virtual_rank
 from megatron_interbert.virtual.comparison import find_hang, missing_or_double
 from megatron_interbert.virtual.rank import Rehearsal, one_of
@@ -105,6 +106,30 @@ def test_memory_with_offload(folder: Path) -> None:
         assert abs(one["peak"] / one["planned"] - 1) < 0.1, (stage, one)
 
 
+@pytest.mark.parametrize("secondary", [0, 2])
+def test_weights_that_are_gathered_again(folder: Path, secondary: int) -> None:
+    """Check that no more stays gathered than the live limit says, in half precision too, and from
+    whom the rest comes a second time.
+    """
+    limit = 2_000_000
+    zero = {"stage": 3, "stage3_max_live_parameters": limit, "zero_hpz_partition_size": secondary}
+    file = folder / f"secondary{secondary}.json"
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    changes = {"deepspeed_config": str(file), "zero_stage": 3, "tensor_model_parallel_size": 1}
+    figures = rehearse(folder, ranks="1,2", bf16=False, fp16=True, **changes)
+
+    found = {(one["operation"], one["group"]): one for one in figures["collectives"]}
+    again = found["all_gather", "secondary" if secondary else "data"]
+    spare = 2 * largest_parameter(MEASURABLE, 1) / (secondary or figures["world_size"])
+    assert again["planned"] - spare <= again["bytes"] <= again["planned"]
+    assert found["reduce_scatter", "data"]["bytes"] == found["reduce_scatter", "data"]["planned"]
+    if secondary:
+        assert found["all_gather", "data"]["bytes"] == found["all_gather", "data"]["planned"]
+
+    for one in figures["ranks"]:
+        assert abs(one["peak"] / one["planned"] - 1) < 0.1, one
+
+
 def test_an_nvme_disk_that_is_not_there(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -184,10 +209,10 @@ def test_one_more_collective_is_found(folder: Path, monkeypatch: pytest.MonkeyPa
     """Plant a barrier of its own in one rank: a broadcast that the others do not call."""
     plain = virtual_rank.run_step
 
-    def planted(engine, job, micro_batches, streams) -> None:
+    def planted(engine, job, micro_batches, streams) -> bool:
         if engine.state.rank == 3:
             dist.broadcast(torch.zeros(7), group=engine.state.data_group, group_src=0)
-        plain(engine, job, micro_batches, streams)
+        return plain(engine, job, micro_batches, streams)
 
     monkeypatch.setattr(virtual_rank, "run_step", planted)
     with pytest.raises(UsageError, match=r"would hang: rank \d calls .* in its data group, rank"):
