@@ -17,13 +17,15 @@ from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import flush_file
+from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.machines.processes import start_processes
-from megatron_interbert.model.initialise import initialise
-from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.interbert import PRETRAINING_HEADS
+from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
-from megatron_interbert.training.engine import Engine
+from megatron_interbert.training.model_plan import ModelPlan, build_engine
 from megatron_interbert.virtual.samples import random_examples
 from megatron_interbert.weights.sources import open_weights
 from megatron_interbert.weights.targets import Output, write_target
@@ -60,10 +62,10 @@ class TrainingStep:
             raise UsageError("benchmark checkpoint: expected one process; run it with no launcher")
 
         sizes = sizes_of(options.model)
-        model = InterBert(sizes, state=self.state)
-        initialise(model, sizes, 0, self.state)
-        self.engine = Engine(model.to(device), self.config, self.state)
         self.task = PretrainingTask()
+        job = Job(self.task, None, sizes, PRETRAINING_HEADS, {}, "")
+        plan = ModelPlan(job, self.state, Kernels(), 0, recompute=False)
+        self.engine = build_engine(plan, self.config, RandomStreams(0), device, plan.first_weights)
         self.batch = pack(random_examples(sizes, options.batch), sizes.feature_dim).to(device)
         vocabulary = save.parent / "vocab.txt"
         vocabulary.write_text("[PAD]\n")
