@@ -12,7 +12,13 @@ import torch
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels import attention, cpu_ops, plain
 from megatron_interbert.kernels.fit import OLDEST, WIDEST, Gpu, gpu_of, tile_bytes, tile_for
-from megatron_interbert.kernels.products import Float8Products, PlainProducts, has_scaled_products
+from megatron_interbert.kernels.products import (
+    Float8Products,
+    PlainProducts,
+    WideProducts,
+    has_bfloat16_products,
+    has_scaled_products,
+)
 
 ROW_MULTIPLE = 32
 
@@ -169,11 +175,13 @@ def _cpu_kernels(dtype: torch.dtype) -> Kernels:
     batches have a different number of tokens at every step: without padding to a multiple, a step
     of the sample model with 8 samples takes half as long again.
     """
-    return Kernels(
-        attention=cpu_ops.attention,
-        dropout_add_norm=cpu_ops.dropout_add_norm,
-        row_multiple=ROW_MULTIPLE if dtype.itemsize == 2 else 1,
-    )
+    kernels = Kernels(attention=cpu_ops.attention, dropout_add_norm=cpu_ops.dropout_add_norm)
+    if dtype.itemsize > 2:
+        return kernels
+    if not has_bfloat16_products():
+        return replace(kernels, products=WideProducts)
+
+    return replace(kernels, row_multiple=ROW_MULTIPLE)
 
 
 def _triton_kernels(flash: bool) -> Kernels:

@@ -1,5 +1,5 @@
 """Compute the matrix products of a linear layer, y = x W^T + b, and of its gradients, in the type
-of the operands or in 8 bits.
+of the operands, in float32, or in 8 bits.
 
 In 8 bits each operand is divided by its own scale, so that its largest value becomes the largest of
 the format: e4m3 (4 bits of exponent, 3 of mantissa) for activations and weights, e5m2 for
@@ -22,6 +22,11 @@ def has_scaled_products() -> bool:
     return hasattr(F, "scaled_mm") and hasattr(F, "ScalingType")
 
 
+def has_bfloat16_products() -> bool:
+    """Check whether this processor multiplies matrices in bfloat16 (on x86, with AVX-512)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 class PlainProducts:
     """Multiply in the operands' type: x [N, in], weight [out, in], bias [out], grad [N, out]."""
 
@@ -41,6 +46,32 @@ class PlainProducts:
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the weight [out, in]."""
         return grad.t() @ x
+
+
+class WideProducts:
+    """Multiply in float32 and round the result to the operands' type, with the signatures of
+    PlainProducts: for processors without products in bfloat16, where torch's own loops take up to
+    a hundred times as long.
+    """
+
+    @staticmethod
+    def linear(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Return the product [N, out], with gradients by autograd."""
+        if x.dtype.itemsize > 2:
+            return F.linear(x, weight, bias)
+        return _WideLinear.apply(x, weight, bias)
+
+    @staticmethod
+    def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of x [N, in]."""
+        return (grad.float() @ weight.float()).to(grad.dtype)
+
+    @staticmethod
+    def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Return the gradient of the weight [out, in]."""
+        return (grad.float().t() @ x.float()).to(x.dtype)
 
 
 class Float8Products:
@@ -109,6 +140,28 @@ def scaled_product(
     return F.scaled_mm(
         a[0], b[0].t(), a[1], whole, b[1], whole, bias=bias, output_dtype=dtype, use_fast_accum=fast
     )
+
+
+class _WideLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        wide_bias = None if bias is None else bias.float()
+
+        return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+        x, weight = ctx.saved_tensors
+        return (
+            WideProducts.input_gradient(grad, weight) if ctx.needs_input_grad[0] else None,
+            WideProducts.weight_gradient(grad, x),
+            grad.sum(dim=0) if ctx.needs_input_grad[2] else None,
+        )
 
 
 class _Float8Linear(torch.autograd.Function):

@@ -42,6 +42,17 @@ def test_a_cpu_has_its_own_and_refuses_what_cannot_run() -> None:
             choose_kernels(name, CPU)
 
 
+@pytest.mark.parametrize(("there", "products"), [(True, "PlainProducts"), (False, "WideProducts")])
+def test_a_processor_without_bfloat16(
+    monkeypatch: pytest.MonkeyPatch, there: bool, products: str
+) -> None:
+    monkeypatch.setattr(choice, "has_bfloat16_products", lambda: there)
+    chosen = choose_kernels("auto", CPU, dtype=torch.bfloat16)
+    assert f"products=products.{products}" in chosen.describe()
+    assert chosen.row_multiple == (choice.ROW_MULTIPLE if there else 1)
+    assert "products=products.PlainProducts" in choose_kernels("auto", CPU).describe()
+
+
 def test_attention_by_what_is_asked_of_it() -> None:
     """Check that flash attention is chosen only without dropout and --deterministic.
 

@@ -1,11 +1,16 @@
-"""Test 8-bit products against float64: exact for the quantised values, within the formats'
-precision for the original ones.
+"""Test products against float64: those in 8 bits are exact for the quantised values, and within the
+formats' precision for the original ones; wide ones are rounded once.
 """
 
 import pytest
 import torch
 
-from megatron_interbert.kernels.products import Float8Products, PlainProducts, quantise
+from megatron_interbert.kernels.products import (
+    Float8Products,
+    PlainProducts,
+    WideProducts,
+    quantise,
+)
 
 IN = 64
 OUT = 48
@@ -64,6 +69,36 @@ def test_results_and_gradients(tokens: int, dtype: torch.dtype) -> None:
         assert float((found.double() - expected).abs().max()) <= 8 * step, name
         # 3 and 2 bits of mantissa: errors of at most 1/16 and 1/8; over a sum they average out
         assert float((found.double() - true).norm() / true.norm()) < 0.08, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("tokens", [0, 1, 33])
+def test_wide_products_are_rounded_once(tokens: int, dtype: torch.dtype) -> None:
+    x, weight, bias, grad = made(tokens, dtype, tokens)
+    leaves = [leaf.clone().requires_grad_() for leaf in (x, weight, bias)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    result = WideProducts.linear(*leaves)
+    result.backward(grad)
+    expected = PlainProducts.linear(*exact)
+    expected.backward(grad.double())
+    # half a unit in the last place of bfloat16, and a few of float32
+    close = 2**-8 if dtype == torch.bfloat16 else 2**-20
+
+    for found, true in zip(
+        (result.detach(), *(leaf.grad for leaf in leaves)),
+        (expected.detach(), *(leaf.grad for leaf in exact)),
+        strict=True,
+    ):
+        assert found.dtype == dtype
+        assert found.shape == true.shape
+        torch.testing.assert_close(
+            found.double(), true, rtol=close, atol=float(2**-20) * largest(true)
+        )
+
+
+def largest(x: torch.Tensor) -> float:
+    """Return the largest magnitude of a tensor; 0 if it is empty."""
+    return float(x.abs().max()) if x.numel() else 0.0
 
 
 def test_scales_reach_the_ends_of_the_formats() -> None:
