@@ -54,8 +54,8 @@ class Layout:
     swap_buffers: int = SWAP_BUFFERS
     parameter_buffers: int = PARAMETER_BUFFERS
     in_memory: int = IN_MEMORY
-    secondary: int = 0  # ranks of a group that holds all weights once more (hpZ); 0: no group does
     parameter_buffer: int = 0  # elements of each; 0: a rank's share of the largest parameter
+    secondary: int = 0  # ranks of a group that holds all weights once more (hpZ); 0: no group does
 
     @property
     def shares_nothing(self) -> bool:

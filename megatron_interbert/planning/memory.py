@@ -147,9 +147,13 @@ def with_live(sizes: ModelConfig, layout: Layout) -> Layout:
 
 
 def held_in_stage_3(layout: Layout, parameters: int) -> Held:
-    """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step."""
+    """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step.
+
+    A secondary part of a weight exists from its first release to the end of the step.
+    """
     share = layout.element * parameters / layout.data
     again = layout.element * parameters / layout.secondary if layout.secondary else 0.0
+    released = max(0.0, 1 - layout.live / parameters)  # share of the weights, before the end
     bucket = layout.element * min(parameters, layout.bucket)
     gathered = layout.element * min(parameters, layout.live)
     received = layout.element * min(parameters, layout.prefetch)
@@ -160,9 +164,9 @@ def held_in_stage_3(layout: Layout, parameters: int) -> Held:
         optimizer=(FP32 + ADAM) * parameters / layout.data,
         gradients=share,
         buffers=bucket,
-        begin=kept + again + (gathered + received if layout.data > 1 else 0.0),
-        end=kept + again + gathered + bucket,
-        step=kept + updated_bytes(layout, parameters),
+        begin=kept + again * released + (gathered + received if layout.data > 1 else 0.0),
+        end=kept + again * (released > 0) + gathered + bucket,
+        step=kept + again + updated_bytes(layout, parameters),
     )
 
 

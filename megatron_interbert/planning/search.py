@@ -31,7 +31,7 @@ DISTANCES = {ON_DEVICE: 0, ON_HOST: 1, ON_DISK: 2}
 # what of a layout a JSON may set beside stage and places
 OF_JSON = (
     *("bucket", "sub_group", "live", "prefetch"),
-    *("swap_buffers", "parameter_buffers", "parameter_buffer", "in_memory"),
+    *("swap_buffers", "parameter_buffers", "parameter_buffer", "in_memory", "secondary"),
 )
 # the JSON in ds_configs/ by (optimizer, parameters, ZeRO stage)
 SHIPPED = {
@@ -160,6 +160,8 @@ def is_sensible(layout: Layout) -> bool:
         return False
     if layout.zero_stage == 0 and layout.half:
         return False
+    if layout.secondary and layout.tensor > 1:
+        return False
 
     shared = layout.data > 1 or layout.parameters_on != ON_DEVICE or ON_DISK in places(layout)
     if layout.offloads:
@@ -251,6 +253,8 @@ def nearby_layouts(sizes: ModelConfig, layout: Layout, has_bf16: bool) -> Iterat
     of the shipped ones.
     """
     yield layout
+    if layout.secondary:
+        yield replace(layout, secondary=0)
     yield replace(layout, recompute=True)
     usual = Layout()
     shipped = {name: getattr(usual, name) for name in OF_JSON}

@@ -180,11 +180,12 @@ def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine
     bandwidth = machine.link_gb_s if inside else machine.network_gb_s
     parameters = rank_parameters(sizes, layout.tensor)
     calls = math.ceil(parameters / layout.bucket) + math.ceil(parameters / layout.sub_group)
-    given = data_traffic(sizes, layout, micro_batches)
-    moved = sum(
-        machine.seconds(operation, count, ranks, bandwidth)
-        for (operation, _), count in given.items()
-    )
+    moved = 0.0
+    for (operation, group), count in data_traffic(sizes, layout, micro_batches).items():
+        if group == "secondary":  # the ranks of a node
+            moved += machine.seconds(operation, count, layout.secondary, machine.link_gb_s)
+        else:
+            moved += machine.seconds(operation, count, ranks, bandwidth)
 
     return moved + calls * hops(ranks) * machine.latency
 

@@ -1,8 +1,8 @@
 """Predict what a rank contributes to each collective of an optimizer step, by arithmetic.
 
 Tests compare it with the collectives of a dry run: equal bytes. What ZeRO-3 gathers a second time,
-beyond its live limit or for another micro-batch, is an upper bound: DeepSpeed keeps up to one
-parameter more than its limit, and some weights between micro-batches.
+beyond its live limit or for another micro-batch, is an estimate: DeepSpeed keeps whole parameters,
+and some of them between micro-batches.
 """
 
 import math
@@ -132,8 +132,9 @@ def data_traffic(sizes: ModelConfig, layout: Layout, micro_batches: int) -> Traf
         found["all_reduce", "data"] += 2 * FLOAT64  # the norm, and whether it is finite
         found["reduce_scatter", "data"] += micro_batches * layout.data * share
         if layout.secondary:
+            whole = share * layout.data
             found["all_gather", "data"] += share
-            found["all_gather", "secondary"] += (gathers - 1) * gradients / layout.secondary
+            found["all_gather", "secondary"] += (gathers - 1) * whole / layout.secondary
         else:
             found["all_gather", "data"] += gathers * share
 

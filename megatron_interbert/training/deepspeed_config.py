@@ -289,6 +289,12 @@ def check_secondary_partition(config: TrainConfig, values: dict[str, Any], ranks
             " leave one of them out"
         )
 
+    if offload_blocks(values)["offload_param"].get("device", "none") != "none":
+        raise UsageError(
+            f"{config.deepspeed_config}: zero_hpz_partition_size keeps weights near where they are"
+            " used, offload_param far from there; leave one of them out"
+        )
+
     if ranks % size:
         raise UsageError(
             f"{config.deepspeed_config}: zero_hpz_partition_size {size} does not divide the {ranks}"

@@ -1,6 +1,7 @@
 """Wrap a model in a DeepSpeed engine that steps the same way for every ZeRO stage and precision."""
 
 import math
+from collections.abc import Collection
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,8 +48,10 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
     elif config.zero_stage == 3:
         parsed = zero_settings(settings)
         if "max_reuse_distance" not in parsed.model_fields_set:
-            # DeepSpeed keeps what is used again within this distance, whatever its live limit
-            zero["stage3_max_reuse_distance"] = parsed.max_live_parameters
+            # DeepSpeed keeps what is used again within this distance, whatever its live limit: in
+            # the backward pass, after all that follows it twice
+            distance = min(parsed.max_reuse_distance, 2 * parsed.max_live_parameters)
+            zero["stage3_max_reuse_distance"] = distance
 
     return settings
 
@@ -91,7 +94,7 @@ class Engine:
         model: nn.Module,
         config: TrainConfig,
         state: ParallelState,
-        pretrained: set[str] = frozenset(),
+        pretrained: Collection[str] = frozenset(),
         settings: dict[str, Any] | None = None,
     ) -> None:
         self.config = config

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.packing import PackedBatch, to_batch
@@ -45,23 +46,7 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
     settings = read_deepspeed_config(config)
     blocks = offload_blocks(settings)
     places = {name: block.get("device", ON_DEVICE) for name, block in blocks.items()}
-    zero = zero_settings(settings)
-    said = {name: key for name, key in AT_ONCE.items() if key in zero.model_fields_set}
-    given = {name: getattr(zero, key) for name, key in said.items()}
-    if "max_reuse_distance" in zero.model_fields_set:
-        # a parameter is used again, in the backward pass, after all that follow it twice
-        given["live"] = max(zero.max_live_parameters, zero.max_reuse_distance // 2)
-    if zero.offload_optimizer:
-        given["swap_buffers"] = zero.offload_optimizer.buffer_count
-    if zero.offload_param:
-        given["parameter_buffers"] = zero.offload_param.buffer_count
-        given["in_memory"] = zero.offload_param.max_in_cpu
-        if "buffer_size" in zero.offload_param.model_fields_set:
-            given["parameter_buffer"] = zero.offload_param.buffer_size
-    if config.zero_stage < 3:  # where groups are those of training/optimizer.py
-        given.pop("sub_group", None)
-    elif zero.zero_hpz_partition_size > 1:
-        given["secondary"] = min(zero.zero_hpz_partition_size, data_parallel_size)
+    given = given_by_json(zero_settings(settings), config.zero_stage, data_parallel_size)
 
     return Layout(
         data=data_parallel_size,
@@ -78,6 +63,30 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
         parameters_on=places["offload_param"],
         **given,
     )
+
+
+def given_by_json(zero: DeepSpeedZeroConfig, stage: int, ranks: int) -> dict[str, int]:
+    """Return the fields of a Layout of `ranks` data-parallel ranks that a DeepSpeed JSON sets,
+    beside its ZeRO stage and the places of the state.
+    """
+    said = {name: key for name, key in AT_ONCE.items() if key in zero.model_fields_set}
+    given = {name: getattr(zero, key) for name, key in said.items()}
+
+    if "max_reuse_distance" in zero.model_fields_set:  # see engine_settings in engine.py
+        given["live"] = max(zero.max_live_parameters, zero.max_reuse_distance // 2)
+    if zero.offload_optimizer:
+        given["swap_buffers"] = zero.offload_optimizer.buffer_count
+    if zero.offload_param:
+        given["parameter_buffers"] = zero.offload_param.buffer_count
+        given["in_memory"] = zero.offload_param.max_in_cpu
+        if "buffer_size" in zero.offload_param.model_fields_set:
+            given["parameter_buffer"] = zero.offload_param.buffer_size
+    if stage < 3:  # where groups are those of training/optimizer.py
+        given.pop("sub_group", None)
+    if stage == 3 and zero.zero_hpz_partition_size > 1:
+        given["secondary"] = min(zero.zero_hpz_partition_size, ranks)
+
+    return given
 
 
 def load_of(batch: PackedBatch) -> Load:

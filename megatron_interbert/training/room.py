@@ -101,7 +101,8 @@ def alternatives(layout: Layout, room: Room) -> Iterator[tuple[str, Layout, Room
         device = room.device * more if room.one_memory else room.device
         there = replace(room, device=device, host=room.host * more)
         few = f"{fewer} rank{'s' * (fewer > 1)} instead of {ranks} fit{'s' * (fewer == 1)} with"
-        yield few, replace(layout, data=fewer // layout.tensor), there
+        data = fewer // layout.tensor
+        yield few, replace(layout, data=data, secondary=min(layout.secondary, data)), there
 
 
 def has_bf16(trial: Trial) -> bool:
@@ -133,10 +134,16 @@ def changes(trial: Trial, found: Fit) -> str:
         flags += f" --global-batch-size {config.global_batch_size}"
     if by_file and ("--zero-stage" in flags or "--deepspeed-config" in flags):
         flags += f" instead of --deepspeed-config {by_file}"
-    elif other_steps and settings.get("gradient_accumulation_steps", "auto") != "auto":
-        flags += f" without gradient_accumulation_steps in {by_file}"
+    else:
+        left_out = []
+        if other_steps and settings.get("gradient_accumulation_steps", "auto") != "auto":
+            left_out.append("gradient_accumulation_steps")
+        if trial.layout.secondary and not found.layout.secondary:
+            left_out.append("zero_hpz_partition_size")
+        if left_out:
+            flags += f" without {' and '.join(left_out)} in {by_file}"
 
-    return flags or "the same flags"
+    return flags.strip() or "the same flags"
 
 
 def room_of(trial: Trial, disk: float = math.inf) -> Room:

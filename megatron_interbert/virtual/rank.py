@@ -2,7 +2,8 @@
 tensors and a fake process group.
 
 Fake tensors have shapes, types and no content, so a rank of any size runs on a laptop; a fake group
-accepts every collective and does nothing. Where a computation asks for a value, it gets 1.
+accepts every collective and does nothing. A computation that asks for a value gets 1, or 0 for a
+flag.
 """
 
 import contextlib
@@ -107,7 +108,7 @@ def one_of(world_size: int, rank: int) -> Iterator[None]:
             deepspeed.init_distributed(dist_backend="gloo", verbose=False)
             yield
         finally:
-            dist.destroy_process_group()
+            deepspeed.comm.destroy_process_group()  # and DeepSpeed's references to its groups
 
 
 @contextlib.contextmanager

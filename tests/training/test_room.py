@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
+from torch import nn
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.training import RunConfig
@@ -25,8 +26,9 @@ from megatron_interbert.planning.search import (
     nearest_fit,
 )
 from megatron_interbert.training import room as training_room
+from megatron_interbert.training.engine import engine_settings
 from megatron_interbert.training.micro_batch import layout_of
-from megatron_interbert.training.room import alternatives
+from megatron_interbert.training.room import alternatives, changes
 from tests.launching import ROOT, ends, launch, pretrain, start_ranks
 from tests.sizes import MEASURABLE
 
@@ -97,6 +99,26 @@ def test_the_same_layout_with_fewer_samples() -> None:
         assert flags.startswith(("--recompute-activations", "--micro-batch-size")), flags
 
 
+def test_weights_that_a_node_holds_once_more(tmp_path) -> None:
+    """Check that the advice leaves secondary partitions out before it changes anything else."""
+    file = tmp_path / "ds.json"
+    zero = {"stage": 3, "zero_hpz_partition_size": 2, "max_reuse_distance": 10**10}
+    file.write_text(json.dumps({"zero_optimization": zero}))
+    config = RunConfig(deepspeed_config=str(file), zero_stage=3, bf16=True, micro_batch_size=8)
+    layout = layout_of(config, 4, Kernels())
+    assert (layout.secondary, layout.live) == (2, 5 * 10**9), "what is kept for its next use"
+
+    layout = replace(layout, live=10**7)
+    room = Room(predict(LARGE, replace(layout, secondary=0), Load(8)).peak)
+    assert room.shortage(predict(LARGE, layout, Load(8)))
+    found = nearest_fit(LARGE, layout, Load(8), room, 8)
+    trial = SimpleNamespace(config=config, layout=layout)
+    assert changes(trial, found) == f"without zero_hpz_partition_size in {file}"
+
+    for other in nearby_layouts(LARGE, layout, has_bf16=True):
+        assert not (other.secondary and (other.tensor > 1 or other.offloads)), other
+
+
 def test_what_deepspeeds_json_says_counts(tmp_path) -> None:
     """Check that a run that gathers little at a time is not refused for what others gather."""
     file = tmp_path / "ds.json"
@@ -107,6 +129,8 @@ def test_what_deepspeeds_json_says_counts(tmp_path) -> None:
     layout = layout_of(config, 4, Kernels())
     assert (layout.live, layout.bucket, layout.sub_group) == (1e7, 1_000_000, 2_000_000)
     assert layout.prefetch == PREFETCH
+    settings = engine_settings(config, SimpleNamespace(data_size=4), nn.Linear(1, 1))
+    assert settings["zero_optimization"]["stage3_max_reuse_distance"] == 2e7
 
     usual = predict(LARGE, Layout(4, zero_stage=3, half=True), Load(1)).peak
     assert predict(LARGE, layout, Load(1)).peak < 0.75 * usual

@@ -39,6 +39,7 @@ def compare(folder: str) -> None:
 
             groups._ZERO_PARAM_INTRA_PARALLEL_GROUP = None  # of an engine before this one
             run = Run(folder, f"{stage}-{name}", name, stage=stage, sizes=SMALL)
+            check_secondary(run, name)
             before = run.train(SAVED)
             run.save()
             undisturbed[name] = before + run.train(LAST)
@@ -56,6 +57,18 @@ def compare(folder: str) -> None:
             check_close(results, undisturbed["plain"], of_norm=2**-8)  # a rounding of bfloat16
             # at stage 1 DeepSpeed sums gradients in another order if it overlaps them
             assert stage == 1 or results == undisturbed["plain"], stage
+
+
+def check_secondary(run: Run, name: str) -> None:
+    """Check that a forward pass leaves secondary parts behind with that option alone."""
+    from megatron_interbert.data.packing import pack
+    from megatron_interbert.virtual.samples import random_examples
+
+    batch = pack(random_examples(SMALL, 2, (8, 20), (10, 36)), SMALL.feature_dim)
+    run.engine.forward(batch)
+    parameters = run.engine.model.parameters()
+    parts = [p for p in parameters if getattr(p, "ds_secondary_tensor", None) is not None]
+    assert bool(parts) == (name == "secondary"), name
 
 
 def test_options_change_nothing(tmp_path: Path) -> None:
@@ -81,6 +94,14 @@ def test_secondary_groups_must_divide_ranks_with_the_same_weights(tmp_path: Path
     config = RunConfig(deepspeed_config=str(file), bf16=True, micro_batch_size=1)
     with pytest.raises(UsageError, match="zero_hpz_partition_size 3 does not divide the 4 data-"):
         merge(config, 4)
+
+    far = {"stage": 3, "zero_hpz_partition_size": 2, "offload_param": {"device": "cpu"}}
+    (tmp_path / "far.json").write_text(json.dumps({"zero_optimization": far}))
+    offloaded = RunConfig(
+        deepspeed_config=str(tmp_path / "far.json"), bf16=True, zero_stage=3, micro_batch_size=1
+    )
+    with pytest.raises(UsageError, match="offload_param far from there; leave one of them out"):
+        merge(offloaded, 4)
 
     merge(config, 6)
     merge(config, 2)  # fewer ranks are one group, as DeepSpeed has it
