@@ -7,7 +7,7 @@ from torch import nn
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.kernels.choice import Kernels
-from megatron_interbert.kernels.products import WideProducts
+from megatron_interbert.kernels.products import Float8Products, PlainProducts
 from megatron_interbert.parallel.collectives import copy_to_group, group_rank, group_size
 from megatron_interbert.parallel.vocab_loss import VocabMath, vocab_parallel_loss
 
@@ -36,8 +36,9 @@ class WordHead(nn.Module):
     ) -> None:
         super().__init__()
         self.group = group
-        self.math = VocabMath(kernels.vocab_statistics, kernels.vocab_gradient)
-        self.wide = kernels.products is WideProducts
+        # never in 8 bits: the logits of words are close to each other
+        products = PlainProducts if kernels.products is Float8Products else kernels.products
+        self.math = VocabMath(kernels.vocab_statistics, kernels.vocab_gradient, products)
         self.transform = Transform(config)
         columns = config.padded_vocab_size // group_size(group)
         self.bias = nn.Parameter(torch.empty(columns))
@@ -50,24 +51,18 @@ class WordHead(nn.Module):
         padded ones; with `labels` [M], the loss of each target and whether it is predicted right.
         """
         transformed = copy_to_group(self.transform(hidden), self.group)
-        bias = self.bias
-        if self.wide:
-            transformed, word_embedding, bias = (
-                operand.float() for operand in (transformed, word_embedding, bias)
-            )
-
         if labels is not None:
             return vocab_parallel_loss(
                 transformed,
                 word_embedding,
-                bias,
+                self.bias,
                 labels,
                 self.words_here,
                 self.group,
                 self.math,
             )
 
-        logits = F.linear(transformed, word_embedding, bias).float()
+        logits = self.math.products.linear(transformed, word_embedding, self.bias).float()
         padding = torch.arange(logits.shape[1], device=logits.device) >= self.words_here
 
         return logits.masked_fill(padding, float("-inf"))

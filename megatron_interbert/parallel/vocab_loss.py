@@ -10,21 +10,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from megatron_interbert.parallel.collectives import group_rank, group_size
+from megatron_interbert.parallel.placement import Products
 
 CHUNK = 1 << 26  # logits that exist at a time: 128 MiB in 16 bits
 
 
 class VocabMath(NamedTuple):
     """Hold the two passes over logits [m, C], whose columns from `words` on are padding (see
-    kernels/plain.py).
+    kernels/plain.py), and the products with the table.
     """
 
     statistics: Callable[[torch.Tensor, torch.Tensor, int], tuple[torch.Tensor, ...]]
     gradient: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int], torch.Tensor]
+    products: type[Products]
 
 
 class _ProjectedCrossEntropy(torch.autograd.Function):
@@ -52,7 +53,7 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
         for part, of_part in zip(hidden.split(rows), local.split(rows), strict=True):
             logits = None  # free the last chunk before making the next
-            logits = F.linear(part, weight, bias)
+            logits = math.products.linear(part, weight, bias)
             found.append(math.statistics(logits, of_part, words))
 
         largest, total, own, best = (torch.cat(values) for values in zip(*found, strict=True))
@@ -92,10 +93,10 @@ class _ProjectedCrossEntropy(torch.autograd.Function):
 
         for number, (part, dpart, of_part, normal, dloss) in enumerate(zip(*pieces, strict=True)):
             if logits is None:
-                logits = F.linear(part, weight, bias)
+                logits = ctx.math.products.linear(part, weight, bias)
 
             dlogits = ctx.math.gradient(logits, of_part, normal, dloss, ctx.words)
-            torch.mm(dlogits, weight, out=dpart)
+            dpart.copy_(ctx.math.products.input_gradient(dlogits, weight))
             dweight.addmm_(dlogits.t(), part, beta=float(number > 0))  # the first one overwrites
             dbias += dlogits.sum(dim=0)
             logits = dlogits = None  # free both before making the next chunk

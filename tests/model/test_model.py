@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
+from megatron_interbert.kernels.products import PlainProducts, WideProducts
 from megatron_interbert.model.embeddings import image_features
 from megatron_interbert.model.flops import training_flops
 from megatron_interbert.model.initialise import initialise, load_full_state
@@ -331,6 +332,35 @@ def test_rows_are_filled_up_and_change_nothing():
     by_tokens = set().union(*numbers[::2])
     by_multiples = set().union(*numbers[1::2])
     assert len(by_multiples) <= 6 < len(by_tokens), (by_multiples, by_tokens)
+
+
+def test_wide_products_are_as_near_to_float32_as_plain_ones():
+    """A bf16 model with the products of each kind: the distance of its gradients to those of the
+    same weights in float32.
+    """
+    config = SMALL.without_dropout()
+    batch = pack(examples(count=8, seed=1), 20)
+    task = PretrainingTask()
+    weights = {name: value.bfloat16() for name, value in make(config).state_dict().items()}
+    found = {}
+
+    for name, dtype, products in (
+        ("whole", torch.float32, PlainProducts),
+        ("plain", torch.bfloat16, PlainProducts),
+        ("wide", torch.bfloat16, WideProducts),
+    ):
+        model = make(config, kernels=Kernels(products=products)).to(dtype)
+        model.load_state_dict(weights)
+        loss, _ = task.loss(model(batch), batch, batch.target_counts())
+        loss.backward()
+        found[name] = {
+            n: p.grad.double() for n, p in model.named_parameters() if p.grad is not None
+        }
+
+    assert found["wide"].keys() == found["plain"].keys()
+    for name, exact in found["whole"].items():
+        plain, wide = ((found[kind][name] - exact).norm() for kind in ("plain", "wide"))
+        assert wide <= 1.5 * plain + 2**-7 * exact.norm(), name
 
 
 def test_flops_are_those_counted_for_the_base_model():

@@ -171,7 +171,7 @@ def check_loss(state):
 
         def forward(self, hidden, labels):
             hidden = copy_to_group(hidden, state.tensor_group)
-            math = VocabMath(plain.vocab_statistics, plain.vocab_gradient)
+            math = VocabMath(plain.vocab_statistics, plain.vocab_gradient, PlainProducts)
             return vocab_parallel_loss(
                 hidden, self.table, self.bias, labels, self.words, state.tensor_group, math
             )
