@@ -9,12 +9,16 @@ formats for deep learning" (arXiv 2209.05433); scales are computed from the curr
 earlier steps.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from megatron_interbert.config.model import FLOAT8_MULTIPLE
+
+LARGE = 8 << 20  # bytes from which on freed memory goes back to the system; see machines/host.py
 
 
 def has_scaled_products() -> bool:
@@ -66,12 +70,26 @@ class WideProducts:
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """Return the gradient of x [N, in]."""
-        return (grad.float() @ weight.float()).to(grad.dtype)
+        return (widened(grad) @ widened(weight)).to(grad.dtype)
 
     @staticmethod
     def weight_gradient(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return the gradient of the weight [out, in]."""
-        return (grad.float().t() @ x.float()).to(x.dtype)
+        found = block((grad.shape[1], x.shape[1]))
+        return torch.mm(widened(grad).t(), widened(x), out=found).to(x.dtype)
+
+
+def widened(x: torch.Tensor) -> torch.Tensor:
+    """Return a tensor in float32, in a block of its own."""
+    return block(x.shape).copy_(x)
+
+
+def block(shape: Sequence[int]) -> torch.Tensor:
+    """Return an empty float32 tensor, in memory that goes back to the system when it is freed:
+    among gradients that stay, blocks of other sizes would leave gaps that nothing fills.
+    """
+    size = math.prod(shape)
+    return torch.empty(max(size, LARGE // 4))[:size].view(shape)
 
 
 class Float8Products:
@@ -150,7 +168,7 @@ class _WideLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
         wide_bias = None if bias is None else bias.float()
 
-        return F.linear(x.float(), weight.float(), wide_bias).to(x.dtype)
+        return F.linear(widened(x), widened(weight), wide_bias).to(x.dtype)
 
     @staticmethod
     def backward(

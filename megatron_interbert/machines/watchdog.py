@@ -201,7 +201,8 @@ class Watchdog:
             time.sleep(LAST_WORDS)
         else:
             print(
-                f"error ({where}): the run hangs: {verdict['hang']}. The stacks of this rank:",
+                f"error ({where}): the run hangs: {verdict['hang']}; if it is only slow, raise"
+                " --hang-timeout. The stacks of this rank:",
                 file=sys.stderr,
                 flush=True,
             )
