@@ -18,7 +18,9 @@ import torch.nn.functional as F
 
 from megatron_interbert.config.model import FLOAT8_MULTIPLE
 
-LARGE = 8 << 20  # bytes from which on freed memory goes back to the system; see machines/host.py
+# numbers of float32 tensors
+SMALL = 1 << 19  # below it gaps in memory do not matter
+LARGE = 1 << 21  # from it on memory goes back to the system when freed; see machines/host.py
 
 
 def has_scaled_products() -> bool:
@@ -85,11 +87,13 @@ def widened(x: torch.Tensor) -> torch.Tensor:
 
 
 def block(shape: Sequence[int]) -> torch.Tensor:
-    """Return an empty float32 tensor, in memory that goes back to the system when it is freed:
-    among gradients that stay, blocks of other sizes would leave gaps that nothing fills.
+    """Return an empty float32 tensor; one of some size is in memory that goes back to the system
+    when it is freed: among gradients that stay, it would leave a gap that nothing fills.
     """
     size = math.prod(shape)
-    return torch.empty(max(size, LARGE // 4))[:size].view(shape)
+    room = size if size < SMALL else max(size, LARGE)
+
+    return torch.empty(room)[:size].view(shape)
 
 
 class Float8Products:
