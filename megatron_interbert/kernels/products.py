@@ -67,7 +67,13 @@ class WideProducts:
         """Return the product [N, out], with gradients by autograd."""
         if x.dtype.itemsize > 2:
             return F.linear(x, weight, bias)
-        return _WideLinear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias, WideProducts)
+
+    @staticmethod
+    def result(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return the product [N, out], without gradients."""
+        wide_bias = None if bias is None else bias.float()
+        return F.linear(widened(x), widened(weight), wide_bias).to(x.dtype)
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -107,7 +113,12 @@ class Float8Products:
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Return the product [N, out], with gradients by autograd."""
-        return _Float8Linear.apply(x, weight, bias)
+        return _Linear.apply(x, weight, bias, Float8Products)
+
+    @staticmethod
+    def result(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Return the product [N, out], without gradients."""
+        return scaled_product(quantise(x), quantise(weight), x.dtype, bias, fast=True)
 
     @staticmethod
     def input_gradient(grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -164,44 +175,30 @@ def scaled_product(
     )
 
 
-class _WideLinear(torch.autograd.Function):
+class _Linear(torch.autograd.Function):
+    """Compute y = x W^T + b and its gradients by the products of one class."""
+
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        products: type[WideProducts] | type[Float8Products],
     ) -> torch.Tensor:
+        """Save the operands; return y [N, out]."""
         ctx.save_for_backward(x, weight)
-        wide_bias = None if bias is None else bias.float()
+        ctx.products = products
 
-        return F.linear(widened(x), widened(weight), wide_bias).to(x.dtype)
+        return products.result(x, weight, bias)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, where it needs one, weight and bias."""
         x, weight = ctx.saved_tensors
         return (
-            WideProducts.input_gradient(grad, weight) if ctx.needs_input_grad[0] else None,
-            WideProducts.weight_gradient(grad, x),
+            ctx.products.input_gradient(grad, weight) if ctx.needs_input_grad[0] else None,
+            ctx.products.weight_gradient(grad, x),
             grad.sum(dim=0) if ctx.needs_input_grad[2] else None,
-        )
-
-
-class _Float8Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        return scaled_product(quantise(x), quantise(weight), x.dtype, bias, fast=True)
-
-    @staticmethod
-    def backward(
-        ctx: Any, grad: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-        x, weight = ctx.saved_tensors
-        grad_bias = grad.sum(dim=0) if ctx.needs_input_grad[2] else None
-        return (
-            Float8Products.input_gradient(grad, weight),
-            Float8Products.weight_gradient(grad, x),
-            grad_bias,
+            None,
         )

@@ -291,8 +291,8 @@ def check_secondary_partition(config: TrainConfig, values: dict[str, Any], ranks
 
     if offload_blocks(values)["offload_param"].get("device", "none") != "none":
         raise UsageError(
-            f"{config.deepspeed_config}: zero_hpz_partition_size keeps weights near where they are"
-            " used, offload_param far from there; leave one of them out"
+            f"{config.deepspeed_config}: zero_hpz_partition_size keeps more of the weights on the"
+            " GPUs, offload_param moves them off; leave one of them out"
         )
 
     if ranks % size:

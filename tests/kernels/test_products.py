@@ -91,9 +91,7 @@ def test_wide_products_are_rounded_once(tokens: int, dtype: torch.dtype) -> None
     ):
         assert found.dtype == dtype
         assert found.shape == true.shape
-        torch.testing.assert_close(
-            found.double(), true, rtol=close, atol=float(2**-20) * largest(true)
-        )
+        torch.testing.assert_close(found.double(), true, rtol=close, atol=2**-20 * largest(true))
 
 
 def largest(x: torch.Tensor) -> float:

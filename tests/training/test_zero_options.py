@@ -100,7 +100,7 @@ def test_secondary_groups_must_divide_ranks_with_the_same_weights(tmp_path: Path
     offloaded = RunConfig(
         deepspeed_config=str(tmp_path / "far.json"), bf16=True, zero_stage=3, micro_batch_size=1
     )
-    with pytest.raises(UsageError, match="offload_param far from there; leave one of them out"):
+    with pytest.raises(UsageError, match="offload_param moves them off; leave one of them out"):
         merge(offloaded, 4)
 
     merge(config, 6)
