@@ -17,15 +17,15 @@ from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import flush_file
-from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.model.interbert import PRETRAINING_HEADS
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.progress import progress
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
-from megatron_interbert.training.model_plan import ModelPlan, build_engine
+from megatron_interbert.training.model_plan import build_engine, plan_model
 from megatron_interbert.virtual.samples import random_examples
 from megatron_interbert.weights.sources import open_weights
 from megatron_interbert.weights.targets import Output, write_target
@@ -64,7 +64,7 @@ class TrainingStep:
         sizes = sizes_of(options.model)
         self.task = PretrainingTask()
         job = Job(self.task, None, sizes, PRETRAINING_HEADS, {}, "")
-        plan = ModelPlan(job, self.state, Kernels(), 0, recompute=False)
+        plan = plan_model(self.config, job, self.state, device)
         self.engine = build_engine(plan, self.config, RandomStreams(0), device, plan.first_weights)
         self.batch = pack(random_examples(sizes, options.batch), sizes.feature_dim).to(device)
         vocabulary = save.parent / "vocab.txt"
@@ -108,7 +108,7 @@ def measure_saves(step: TrainingStep, folder: Path, repeats: int) -> dict[str, f
         "read": [],
         "deepspeed_save": [],
     }
-    for number in range(repeats + 1):
+    for number in progress(range(repeats + 1), desc="saves", unit="round", leave=False):
         found["step"].append(seconds(step))
         started = time.perf_counter()
         step.checkpoints.save(step.engine, step.progress)
@@ -157,7 +157,8 @@ def measure_conversion(step: TrainingStep, folder: Path, repeats: int) -> dict[s
         )
 
     speeds: dict[str, list[float]] = {name: [] for name in ways}
-    for _ in range(repeats):  # in turns, so that a slow moment of the disk affects all
+    # in turns, so that a slow moment of the disk affects all
+    for _ in progress(range(repeats), desc="conversions", unit="round", leave=False):
         for name, way in ways.items():
             target = folder / "converted"
             speeds[name].append(megabytes / seconds(lambda way=way, target=target: way(target)))
