@@ -247,3 +247,22 @@ def test_predicted_against_measured_layouts(tmp_path):
         assert one["predicted"] == pytest.approx(sum(one["parts"].values()))
         assert (one["parts"]["tensor"] > 0) == ("TP2" in name)
         assert (one["parts"]["data"] > 0) == ("DP2" in name)
+
+
+def test_saves_and_conversions(tmp_path):
+    """Check that every row of the table is measured, and what does not depend on the machine."""
+    output = tmp_path / "figures.json"
+    flags = ("--model", "tiny", "--batch", 2, "--bf16", "--repeats", 1, "--output", output)
+    code, out, err = launch(
+        sys.executable, "tools/benchmark.py", "checkpoint", *flags, "--folder", tmp_path
+    )
+    assert code == 0, out + err
+
+    measured = json.loads(output.read_text())
+    seconds, speeds = measured["seconds"], measured["megabytes_per_second"]
+    always = {"step", "stall", "written", "copy", "read", "deepspeed_save"}
+    assert always <= set(seconds) <= always | {"step_while_writing"}
+    assert set(speeds) == {"copy", "sharded TP1", "sharded TP2", "huggingface", "official"}
+    assert all(0 < figure < math.inf for figure in (*seconds.values(), *speeds.values()))
+    assert all(f"{speed:.0f} MB/s" in out for speed in speeds.values())
+    assert list(tmp_path.iterdir()) == [output], "the measured checkpoints are removed"
