@@ -1,7 +1,9 @@
 """Compare the step time that planning/timing.py predicts for layouts with what this machine takes.
 
 The machine is described by three measurements, on other sizes than those that are predicted: passes
-of a model of half the layers on all ranks at once, collectives of two lengths, an addition.
+of a model of half the layers on all ranks at once, collectives of two lengths, an addition. As the
+speed of a shared host changes from minute to minute, it is described before and after each layout,
+and the prediction is made for the mean of the two.
 """
 
 import dataclasses
@@ -9,7 +11,7 @@ import gc
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
@@ -39,6 +41,7 @@ from megatron_interbert.planning.timing import (
     ring_seconds,
     step_time,
 )
+from megatron_interbert.progress import progress
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.micro_batch import layout_of
@@ -114,19 +117,24 @@ def serve(line: Connection, options: Options, sizes: ModelConfig, rank: int, por
     os.environ.update({name: str(value) for name, value in (place | meeting).items()})
     start_processes()
 
-    machine = describe_machine(options, sizes)
-    result: dict[str, Any] = {"machine": dataclasses.asdict(machine), "layouts": {}}
-    for config in configurations(options, sizes):
-        predicted, measured = in_layout(config, options, sizes, machine)
-        result["layouts"][name_of(config, options)] = {
+    machines = [describe_machine(options, sizes)]
+    layouts = {}
+    bar = progress(configurations(options, sizes), desc="layouts", unit="layout", shown=rank == 0)
+    for config in bar:
+        layout, tokens, measured = in_layout(config, options, sizes)
+        gc.collect()
+
+        machines.append(describe_machine(options, sizes))
+        predicted = step_time(sizes, layout, [tokens], mean_machine(machines[-2:]))
+        layouts[name_of(config, options)] = {
             "predicted": predicted.total,
             "measured": measured,
             "parts": dataclasses.asdict(predicted),
         }
-        gc.collect()
 
     if rank == 0:
-        line.send(result)
+        machine = dataclasses.asdict(mean_machine(machines))
+        line.send({"machine": machine, "layouts": layouts})
     dist.barrier()
 
 
@@ -193,6 +201,14 @@ def describe_machine(options: Options, sizes: ModelConfig) -> Machine:
         latency=max(short - ring[0] / link, 0.0) / hops(options.ranks),
         **slower,
     )
+
+
+def mean_machine(machines: Sequence[Machine]) -> Machine:
+    """Return the mean of several descriptions of a machine."""
+    names = [entry.name for entry in dataclasses.fields(Machine)]
+    means = {name: statistics.mean(getattr(one, name) for one in machines) for name in names}
+
+    return Machine(**means)
 
 
 def slowest(action: Callable[[], Any], repeats: int) -> float:
@@ -269,11 +285,10 @@ class Step:
 
 
 def in_layout(
-    config: RunConfig, options: Options, sizes: ModelConfig, machine: Machine
-) -> tuple[StepTime, float]:
-    """Return the predicted time of a step, and the median seconds of measured ones."""
+    config: RunConfig, options: Options, sizes: ModelConfig
+) -> tuple[Layout, Tokens, float]:
+    """Return a layout, the tokens of a rank's batch, and the median seconds of a step."""
     step = Step(config, sizes, options)
-    layout: Layout = layout_of(config, step.state.data_size, Kernels())
-    predicted = step_time(sizes, layout, [Tokens.of(step.batch)], machine)
+    layout = layout_of(config, step.state.data_size, Kernels())
 
-    return predicted, slowest(step, options.steps)
+    return layout, Tokens.of(step.batch), slowest(step, options.steps)
