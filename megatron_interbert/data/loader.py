@@ -10,6 +10,7 @@ A process that dies is noticed at once, an error in one arrives as its message, 
 hangs raises an error after `data_timeout` seconds.
 """
 
+import atexit
 import contextlib
 import mmap
 import multiprocessing
@@ -183,6 +184,15 @@ class LoaderProcess:
         )
         self.process.start()
         theirs.close()
+        # An error that nobody expected ends the training process by way of multiprocessing, which
+        # would wait for ever for processes that ignore SIGTERM.
+        atexit.register(self.process.kill)
+
+    def end(self) -> None:
+        """End the process at once."""
+        self.process.kill()
+        self.connection.close()
+        atexit.unregister(self.process.kill)
 
     def ask(self, pairs: list[tuple[int, int]]) -> None:
         """Request a batch of (epoch, sample) pairs.
@@ -334,8 +344,7 @@ class BatchStream:
                 turn += 1
         finally:
             for process in processes:
-                process.process.kill()
-                process.connection.close()
+                process.end()
 
 
 def pinned_ahead(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:

@@ -21,6 +21,7 @@ from megatron_interbert.planning.search import (
 )
 from megatron_interbert.training.deepspeed_config import read_deepspeed_config
 from megatron_interbert.training.micro_batch import Trial, load_of, memory_of
+from megatron_interbert.training.swap import SWAP_ROOM
 
 ERROR = 0.15  # the prediction's: what is predicted to exceed the room by less may fit
 
@@ -71,7 +72,9 @@ def advice(trial: Trial, load: Load, room: Room) -> str:
         if found:
             needed = f"{there.needed(found.memory) / GIB:.1f} GiB"
             if found.memory.disk:
-                needed += f", and {found.memory.disk / 1e9:.1f} GB of disk"
+                ranks = min(read_launch().local_size, layout.data * layout.tensor)
+                disk = found.memory.disk * SWAP_ROOM * ranks
+                needed += f", and {disk / 1e9:.1f} GB of disk on each machine"
             return f"{words}: {changes(trial, found)} ({needed})"
 
     others = nearby_fits(sizes, trial.layout, load, samples, half)

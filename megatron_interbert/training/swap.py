@@ -11,6 +11,7 @@ import functools
 import math
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,15 +20,16 @@ from typing import Any
 import torch.utils.cpp_extension
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
-from megatron_interbert.errors import TrainingStopped, UsageError, at_end
-from megatron_interbert.files import open_folder, take_lock
+from megatron_interbert.errors import TrainingStopped, UsageError, at_end, end_at_once
+from megatron_interbert.files import check_writable, open_folder, take_lock
 from megatron_interbert.parallel.launch import read_launch
+from megatron_interbert.signals import STOPPING, handling
 from megatron_interbert.training.deepspeed_config import blocks_on_disk
 
 PREFIX = "interbert-swap-"  # of the folder of one process, which it keeps locked
 OPTIMIZER_BYTES = 16  # per parameter: fp32 weight, two moments and gradient
 PARAMETER_BYTES = 2
-ROOM = 1.05  # files are padded, and a file system needs some of its own
+SWAP_ROOM = 1.05  # files are padded, and a file system needs some of its own
 
 
 def prepare_swap(settings: dict[str, Any], parameters: int, ranks: int) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def prepare_swap(settings: dict[str, Any], parameters: int, ranks: int) -> dict[
 
     for path, count in needed.items():
         with alone_in(Path(path)):
-            check_room(Path(path), math.ceil(count * ROOM) * read_launch().local_size)
+            check_room(Path(path), math.ceil(count * SWAP_ROOM) * read_launch().local_size)
             own_folder(path)
 
     return swap_in_folder(settings, lambda path: str(own_folder(path)))
@@ -68,11 +70,13 @@ def swap_in_folder(settings: dict[str, Any], folder: Callable[[str], str]) -> di
 
 
 def check_folder(path: str) -> None:
-    """Raise UsageError if a folder for swap files does not exist."""
+    """Raise UsageError if a folder for swap files does not exist or cannot be written to."""
     if not os.path.isdir(path):
         raise UsageError(
             f"nvme_path {path}: no such folder; give --nvme-path a folder on a disk of this machine"
         )
+
+    check_writable(Path(path), "nvme_path")
 
 
 def check_room(path: Path, needed: int) -> None:
@@ -122,7 +126,8 @@ def load_library() -> None:
     """Build and load DeepSpeed's asynchronous I/O; processes of a machine build one at a time.
 
     A build that was killed leaves a lock of torch's on which the next one would wait for ever, so
-    that is removed. Raises UsageError if libaio or a compiler is missing.
+    that is removed. A signal during the build ends this process, which has nothing to save. Raises
+    UsageError if libaio or a compiler is missing, or if the build fails.
     """
     if not AsyncIOBuilder().is_compatible(verbose=False):
         raise UsageError(
@@ -131,10 +136,29 @@ def load_library() -> None:
         )
 
     root = Path(torch.utils.cpp_extension._get_build_directory("async_io", verbose=False)).parent
-    with alone_in(root):
+    with handling((*STOPPING, signal.SIGINT), end_at_once), alone_in(root):
         for name in ("async_io", "pin_memory"):
             (root / name / "lock").unlink(missing_ok=True)
-        AsyncIOBuilder().load(verbose=False)
+
+        if not (root / "async_io" / "async_io.so").exists():
+            print(
+                f"building DeepSpeed's I/O library in {root}, once, which takes some minutes",
+                flush=True,
+            )
+
+        try:
+            AsyncIOBuilder().load(verbose=False)
+        except (RuntimeError, ImportError) as error:
+            raise UsageError(
+                f"DeepSpeed's I/O library in {root}: {first_problem(str(error))}; mend that, or"
+                " offload to 'cpu'"
+            ) from error
+
+
+def first_problem(text: str) -> str:
+    """Return the line of a build's output that says first what went wrong, else its last one."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return next((line for line in lines if "error:" in line), (lines or [""])[-1])
 
 
 @contextlib.contextmanager

@@ -32,8 +32,7 @@ from megatron_interbert.training.model_plan import build_engine, plan_model
 from megatron_interbert.training.optimizer import elements, learning_rate
 from megatron_interbert.training.room import advice, room_of
 from megatron_interbert.training.run import random_streams
-from megatron_interbert.training.swap import ROOM as SWAP_ROOM
-from megatron_interbert.training.swap import check_folder, prepare_swap
+from megatron_interbert.training.swap import SWAP_ROOM, check_folder, prepare_swap
 
 
 def try_step(config: RunConfig, ranks: int) -> str:

@@ -248,6 +248,30 @@ def test_processes_end_with_the_one_they_work_for(paths):
     assert not any(alive(pid) for pid in pids)
 
 
+def test_processes_do_not_outlive_an_unexpected_error(paths):
+    """Check that a training process ends at an error outside the stream, before the first batch and
+    after it, though loader processes ignore the signal by which multiprocessing ends them.
+    """
+    for begin in ("", "next(stream)"):
+        program = f"""
+            import multiprocessing
+            from megatron_interbert.errors import run_entry
+            from tests.data.test_loader import BatchStream, dataset
+
+            def main():
+                stream = iter(BatchStream(dataset({paths!r}), 0, 16, 0, 1, workers=2))
+                {begin}
+                assert len(multiprocessing.active_children()) == 2
+                raise ValueError("unexpected")
+
+            run_entry(main)
+        """
+        command = (sys.executable, "-c", textwrap.dedent(program))
+        ended = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == 1
+        assert ended.stderr.strip().endswith("ValueError: unexpected")
+
+
 def alive(pid):
     try:
         with open(f"/proc/{pid}/stat") as handle:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,6 +247,41 @@ def test_a_disk_that_others_fill(store: Path, disk: Path, tmp_path: Path) -> Non
 
 
 @needs_library
+def test_a_build_that_fails_or_is_stopped_ends_the_run(tmp_path: Path) -> None:
+    """Check the run's last line and code where the compiler fails, and where a signal reaches all
+    processes while it works; loader processes must not outlive it.
+    """
+    compiler = tmp_path / "c++"
+    called = tmp_path / "called"
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps(swapped("optimizer")))
+    flags = ("--bf16", "--deepspeed-config", file, "--nvme-path", tmp_path, "--num-workers", 2)
+    places = {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
+
+    fails = "echo 'x.cpp:1: error: no such thing' >&2; exit 1"
+    waits = f"touch {called}; sleep 100"
+    for work, code, last in (
+        (fails, 2, r"error: DeepSpeed's I/O library in .*: x.cpp:1: error: no such thing; .*"),
+        (waits, 75, r"SIGTERM: ended; .*"),
+    ):
+        compiler.write_text(f"""#!/bin/sh
+            case "$*" in *.cpp*) {work};; *) exec c++ "$@";; esac
+        """)
+        compiler.chmod(0o755)
+        process = start(*pretrain(*flags), warm=False, **places)
+
+        if work == waits:
+            until(called.exists, "the compiler is called")
+            os.killpg(process.pid, signal.SIGTERM)
+
+        out, err = process.communicate(timeout=60)
+        assert process.returncode == code, out + err
+        assert "building DeepSpeed's I/O library" in out
+        assert "Traceback" not in err
+        assert re.fullmatch(last, err.strip().splitlines()[-1])
+
+
+@needs_library
 def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(swap, "load_library", lambda: None)
     settings = {
@@ -267,7 +303,9 @@ def test_a_disk_without_room_is_refused(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_what_offload_needs_is_said(tmp_path: Path) -> None:
-    """Check the messages for a stage that cannot offload, and for a missing folder."""
+    """Check the messages for a stage that cannot offload, for a missing folder, and for one that
+    nobody can write to.
+    """
     from megatron_interbert.training.deepspeed_config import merge
 
     file = tmp_path / "ds.json"
@@ -278,6 +316,10 @@ def test_what_offload_needs_is_said(tmp_path: Path) -> None:
 
     config.nvme_path = str(tmp_path / "none")
     with pytest.raises(UsageError, match=r"none: no such folder; give --nvme-path a folder"):
+        swap.prepare_swap(merge(config, 1), 1, 1)
+
+    config.nvme_path = "/proc"
+    with pytest.raises(UsageError, match="nvme_path /proc: nothing can be written there"):
         swap.prepare_swap(merge(config, 1), 1, 1)
 
     idle = RunConfig(nvme_path=str(tmp_path), micro_batch_size=1)
