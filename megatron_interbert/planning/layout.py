@@ -4,6 +4,7 @@ import functools
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_interbert.config.model import ModelConfig
@@ -14,7 +15,7 @@ from megatron_interbert.parallel.shared_weights import unit_of
 from megatron_interbert.parallel.state import ParallelState
 
 BUCKET = 50_000_000  # most gradients that are reduced at once
-SUB_GROUP = 100_000_000  # about as many parameters are updated at once
+SUB_GROUP = 100_000_000  # at least about as many parameters are updated at once
 LIVE = 1_000_000_000  # most parameters that stage 3 keeps gathered
 SWAP_BUFFERS = 4  # pinned, each of a group of the update, to read and write a disk
 PARAMETER_BUFFERS = 5  # pinned, each of a parameter, to read and write a disk
@@ -140,35 +141,32 @@ def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
     return sum(map(math.prod, rank_shapes(sizes, tensor).values()))
 
 
-@functools.cache
-def update_groups(sizes: ModelConfig, tensor: int) -> list[list[int]]:
-    """Return the elements of each parameter in the groups of training/optimizer.py, on one of
-    `tensor` tensor-parallel ranks.
+def grouped(parameters: Iterable[tuple[int, bool]], most: int) -> list[list[int]]:
+    """Return the elements of parameters in groups that are full at `most`, as training/optimizer.py
+    makes them; for each parameter its elements, and whether its weights decay.
     """
     groups: list[list[int]] = []
     filling: dict[bool, list[int]] = {}
 
-    for shape in rank_shapes(sizes, tensor).values():
-        decays = len(shape) > 1
+    for count, decays in parameters:
         group = filling.get(decays)
-        if group is None or sum(group) >= SUB_GROUP:
+        if group is None or sum(group) >= most:
             group = filling[decays] = []
             groups.append(group)
 
-        group.append(math.prod(shape))
+        group.append(count)
 
     return groups
 
 
-@functools.cache
-def partly_updated(sizes: ModelConfig, tensor: int, data: int) -> int:
+def kept_with_parts(groups: list[list[int]], ranks: int) -> int:
     """Count the elements of the parameters of which a data-parallel rank updates at least a part,
-    on the rank with the most: ZeRO cuts a group into `data` equal parts, across parameters.
+    on the rank with the most: ZeRO cuts a group into `ranks` equal parts, across parameters.
     """
     changes: Counter[int] = Counter()  # from one rank to the next
 
-    for group in update_groups(sizes, tensor):
-        part = math.ceil(sum(group) / data)
+    for group in groups:
+        part = math.ceil(sum(group) / ranks)
         start = 0
         for count in group:
             changes[start // part] += count
@@ -176,6 +174,44 @@ def partly_updated(sizes: ModelConfig, tensor: int, data: int) -> int:
             start += count
 
     return max(itertools.accumulate(changes[rank] for rank in sorted(changes)))
+
+
+def update_size(parameters: Sequence[tuple[int, bool]], ranks: int) -> int:
+    """Return the elements at which a group of the optimizer is full, at ZeRO stages 1 and 2 with
+    `ranks` data-parallel ranks; `parameters` as for `grouped`.
+
+    A rank keeps the whole gradients of the parameters that the ends of its parts cut, so many small
+    groups cost memory; so do large ones, whose gradients are joined and converted to fp32 at once.
+    The sum is least, of a few sizes, at the one returned.
+    """
+    if ranks == 1:
+        return SUB_GROUP
+
+    def cost(size: int) -> float:
+        groups = grouped(parameters, size)
+        updated = max(map(sum, groups)) / ranks
+        return 2 * kept_with_parts(groups, ranks) + (2 + FP32) * updated  # in 16-bit passes
+
+    return min((round(SUB_GROUP * 1.25**step) for step in range(32)), key=cost)
+
+
+@functools.cache
+def update_groups(sizes: ModelConfig, tensor: int, data: int) -> list[list[int]]:
+    """Return the elements of each parameter in the optimizer's groups, on one of `tensor`
+    tensor-parallel ranks, at ZeRO stages 1 and 2 with `data` data-parallel ranks.
+    """
+    shapes = rank_shapes(sizes, tensor).values()
+    parameters = [(math.prod(shape), len(shape) > 1) for shape in shapes]
+
+    return grouped(parameters, update_size(parameters, data))
+
+
+@functools.cache
+def partly_updated(sizes: ModelConfig, tensor: int, data: int) -> int:
+    """Count the elements of the parameters of which a data-parallel rank updates at least a part,
+    on the rank with the most.
+    """
+    return kept_with_parts(update_groups(sizes, tensor, data), data)
 
 
 @functools.cache

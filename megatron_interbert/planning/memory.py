@@ -21,6 +21,7 @@ from megatron_interbert.planning.layout import (
     partly_updated,
     rank_parameters,
     targets_of,
+    update_groups,
 )
 
 FLOAT64 = 8
@@ -85,8 +86,7 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     elif layout.zero_stage == 3:
         held = held_in_stage_3(with_live(sizes, layout), parameters)
     else:
-        partly = partly_updated(sizes, layout.tensor, layout.data)
-        held = held_in_stages_1_and_2(layout, parameters, table, partly)
+        held = held_in_stages_1_and_2(sizes, layout, table)
     if layout.averaged:
         average = FP32 * parameters / (1 if layout.zero_stage == 0 else layout.data)
         held = replace(held, optimizer=held.optimizer + average)
@@ -166,20 +166,22 @@ def held_in_stage_3(layout: Layout, parameters: int) -> Held:
         buffers=bucket,
         begin=kept + again * released + (gathered + received if layout.data > 1 else 0.0),
         end=kept + again * (released > 0) + gathered + bucket,
-        step=kept + again + updated_bytes(layout, parameters),
+        step=kept + again + updated_bytes(layout, min(parameters, layout.sub_group)),
     )
 
 
-def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float, partly: int) -> Held:
+def held_in_stages_1_and_2(sizes: ModelConfig, layout: Layout, table: float) -> Held:
     """Return what a rank holds at ZeRO stages 1 and 2.
 
-    `partly` counts the parameters of which it updates at least a part: DeepSpeed copies their
-    gradients to one place, and at stage 2 keeps no others.
+    DeepSpeed copies the gradients of the parameters of which a rank updates at least a part to one
+    place, and at stage 2 keeps no others.
     """
+    parameters = rank_parameters(sizes, layout.tensor)
     whole = layout.element * parameters
-    copied = layout.element * partly
+    copied = layout.element * partly_updated(sizes, layout.tensor, layout.data)
     bucket = layout.element * min(parameters, layout.bucket)
     gradients = whole if layout.zero_stage == 1 else copied
+    groups = update_groups(sizes, layout.tensor, layout.data)
     # the gradients of a full bucket are joined while the next one is filled
     joined = bucket if parameters > layout.bucket else 0.0
 
@@ -190,7 +192,7 @@ def held_in_stages_1_and_2(layout: Layout, parameters: int, table: float, partly
         buffers=bucket + joined,
         begin=bucket + joined + (gradients if layout.accumulates else 0.0),
         end=gradients + bucket + joined + (table + copied) * (layout.zero_stage == 1),
-        step=gradients + updated_bytes(layout, parameters),
+        step=gradients + updated_bytes(layout, max(map(sum, groups))),
     )
 
 
@@ -248,12 +250,11 @@ def gathered_to_evaluate(sizes: ModelConfig, layout: Layout) -> float:
     return layout.copied * (stays + (unit if layout.data > 1 else 0))
 
 
-def updated_bytes(layout: Layout, parameters: int) -> float:
-    """Return the bytes of the gradients of the parameters that are updated at once: joined, and
-    converted to fp32 if they are not.
+def updated_bytes(layout: Layout, at_once: int) -> float:
+    """Return the bytes of a rank's part of the gradients of the parameters that are updated at
+    once: joined, and converted to fp32 if they are not.
     """
-    at_once = min(parameters, layout.sub_group) / layout.data
-    return at_once * (layout.element + FP32 if layout.half else layout.element)
+    return at_once / layout.data * (layout.element + FP32 if layout.half else layout.element)
 
 
 def largest_micro_batch(

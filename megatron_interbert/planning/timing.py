@@ -19,6 +19,7 @@ from megatron_interbert.planning.layout import (
     ON_DISK,
     Layout,
     rank_parameters,
+    update_groups,
 )
 from megatron_interbert.planning.traffic import data_traffic, tensor_traffic
 
@@ -179,7 +180,7 @@ def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine
     inside = layout.tensor * ranks <= machine.per_node
     bandwidth = machine.link_gb_s if inside else machine.network_gb_s
     parameters = rank_parameters(sizes, layout.tensor)
-    calls = math.ceil(parameters / layout.bucket) + math.ceil(parameters / layout.sub_group)
+    calls = math.ceil(parameters / layout.bucket) + updates(sizes, layout)
     moved = 0.0
     for (operation, group), count in data_traffic(sizes, layout, micro_batches).items():
         if group == "secondary":  # the ranks of a node
@@ -188,6 +189,14 @@ def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine
             moved += machine.seconds(operation, count, ranks, bandwidth)
 
     return moved + calls * hops(ranks) * machine.latency
+
+
+def updates(sizes: ModelConfig, layout: Layout) -> int:
+    """Count the groups of parameters that a step updates one after another."""
+    if layout.zero_stage < 3:
+        return len(update_groups(sizes, layout.tensor, layout.data))
+
+    return math.ceil(rank_parameters(sizes, layout.tensor) / layout.sub_group)
 
 
 def hops(ranks: int) -> int:

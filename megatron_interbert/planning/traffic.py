@@ -145,7 +145,7 @@ def shares_of_groups(sizes: ModelConfig, layout: Layout) -> list[int]:
     """Return the elements that a rank updates of each of the optimizer's groups, with padding: a
     group is cut into equal parts of an even number of elements.
     """
-    groups = update_groups(sizes, layout.tensor)
+    groups = update_groups(sizes, layout.tensor, layout.data)
     return [2 * math.ceil(sum(group) / (2 * layout.data)) for group in groups]
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.planning.layout import BUCKET, SUB_GROUP
+from megatron_interbert.planning.layout import BUCKET, SUB_GROUP, update_size
 from megatron_interbert.training.deepspeed_config import blocks_on_disk, merge, zero_settings
 from megatron_interbert.training.ema import AveragedWeights
 from megatron_interbert.training.optimizer import (
@@ -54,6 +54,16 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
             zero["stage3_max_reuse_distance"] = distance
 
     return settings
+
+
+def updated_at_once(model: nn.Module, config: TrainConfig, state: ParallelState) -> int:
+    """Return the elements at which a group of the optimizer is full."""
+    if config.zero_stage == 3:
+        return SUB_GROUP
+
+    parameters = [(p.numel(), p.dim() > 1) for p in model.parameters()]
+
+    return update_size(parameters, state.data_size)
 
 
 def partition_size(parameter: nn.Parameter, ranks: int) -> int:
@@ -105,7 +115,8 @@ class Engine:
         if config.fp16 and not half_precision_supported():
             raise UsageError("--fp16: this processor cannot compute in half precision; use --bf16")
 
-        groups = parameter_groups(model, config, pretrained, most=SUB_GROUP)
+        at_once = updated_at_once(model, config, state)
+        groups = parameter_groups(model, config, pretrained, most=at_once)
         self.update = choose_update(model, groups, config, state, self.deepspeed_config)
         device = next(model.parameters()).device
         self.deepspeed, *_ = deepspeed.initialize(
