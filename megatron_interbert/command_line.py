@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError, which `run_entry` prints."""
-        raise UsageError(message)
+        raise UsageError(message.removeprefix("argument "))
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -117,9 +117,7 @@ def add_flag(group: Any, entry: dataclasses.Field) -> None:
     """Add the flag of one field, and its old spellings, to a group of a parser."""
     facts: Facts = entry.metadata["facts"]
     text = facts.help.replace("%", "%%") + default_of(entry)
-    kind: dict[str, Any] = {"choices": facts.choices, "type": reader(entry)}
-    if facts.choices is None:
-        kind["metavar"] = metavar(entry)
+    kind: dict[str, Any] = {"type": reader(entry), "metavar": metavar(entry)}
     if facts.several:
         kind["nargs"] = "+"
     if entry.type is bool:
@@ -151,13 +149,19 @@ def reader(entry: dataclasses.Field) -> Any:
         return facts.read
     if facts.auto:
         return number_or_auto
+    if facts.choices:
+        return one_of(facts.choices)
 
-    return entry.type if entry.type in (int, float) else str
+    return {int: whole_number, float: number}.get(entry.type, str)
 
 
 def metavar(entry: dataclasses.Field) -> str:
-    """Return what --help shows as a flag's value: N for int, X for float, else its last word."""
+    """Return what --help shows as a flag's value: its choices, N for int, X for float, else its
+    last word.
+    """
     facts: Facts = entry.metadata["facts"]
+    if facts.choices:
+        return "{" + ",".join(named(facts.choices)) + "}"
     if facts.positional:
         return entry.name.upper()
     if entry.type is int:
@@ -388,7 +392,7 @@ def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
         raise UsageError(f"{where} is {value!r}, expected {kind.__name__}")
     if facts.choices and value not in facts.choices:
-        expected = ", ".join(map(str, facts.choices))
+        expected = ", ".join(named(facts.choices))
         raise UsageError(f"{where} is {value!r}, expected one of {expected}")
 
     return value
@@ -421,9 +425,41 @@ def span(text: str) -> tuple[int, int]:
 
 def number_or_auto(text: str) -> int:
     """Read 32 from `32`, and AUTO from `auto`."""
-    if text == "auto":
-        return AUTO
+    return AUTO if text == "auto" else whole_number(text, "a whole number or auto")
+
+
+def whole_number(text: str, expected: str = "a whole number") -> int:
+    """Read 32 from `32`."""
     try:
         return int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}', expected a number or auto") from None
+        raise argparse.ArgumentTypeError(f"'{text}', expected {expected}") from None
+
+
+def number(text: str) -> float:
+    """Read 0.1 from `0.1` or `1e-1`."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}', expected a number") from None
+
+
+def one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
+    """Return a function that reads one of `choices`."""
+
+    def read(text: str) -> Any:
+        for choice in choices:
+            if text == str(choice):
+                return choice
+
+        known = named(choices)
+        raise argparse.ArgumentTypeError(
+            f"'{text}', expected one of {', '.join(known)}{nearest(text, known)}"
+        )
+
+    return read
+
+
+def named(choices: Sequence[Any]) -> list[str]:
+    """Return choices as words, without the empty one that stands for a flag that is not given."""
+    return [str(choice) for choice in choices if choice != ""]

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
@@ -59,7 +59,7 @@ from megatron_interbert.virtual.stand_ins import triton_without_gpu
 from megatron_interbert.virtual.tracking import Volumes
 
 GIB = 2**30
-SPARE = 0.1  # share of a GPU's memory that its driver and fragments may take
+SPARE = 0.05  # least share of a GPU's memory for its driver and fragments
 
 
 @dataclass
@@ -93,6 +93,8 @@ class DryRunConfig(RunConfig):
         0.0, "GiB of each GPU; default: that of --device", least=0, group="dry run"
     )
     output: str = option("", "JSON file for the figures", group="dry run")
+
+    usual_disk: ClassVar[str] = "a disk of each machine"
 
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
@@ -246,12 +248,16 @@ def announce(config: DryRunConfig) -> str:
     tensor = config.tensor_model_parallel_size
     precision = "fp16" if config.fp16 else "bf16" if config.bf16 else "fp32"
     offload = described_offload(merge(config, config.data_parallel_size))
+    shared = ""
+    if config.sequence_parallel:
+        shared = " with sequence parallelism" if tensor > 1 else " (--sequence-parallel: no effect)"
+    recomputed = ", activations recomputed" if config.recompute_activations else ""
 
     return (
         f"rehearsing {len(config.chosen_ranks())} of {config.world_size} ranks:"
-        f" DP{config.data_parallel_size} x TP{tensor}, ZeRO-{config.zero_stage}{offload},"
-        f" {precision}, {config.kernels} kernels; micro-batch {config.micro_batch_size}, global"
-        f" batch {config.global_batch_size}"
+        f" DP{config.data_parallel_size} x TP{tensor}{shared}, ZeRO-{config.zero_stage}{offload},"
+        f" {precision}, {config.kernels} kernels{recomputed}; micro-batch"
+        f" {config.micro_batch_size}, global batch {config.global_batch_size}"
     )
 
 
@@ -307,16 +313,19 @@ def check_together(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[st
 def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> str:
     """Return a line on the memory of the run's GPUs; UsageError if a rank needs more.
 
-    Tracked memory is that of device and host together: what is offloaded is taken off by plan. On
-    a CPU offloaded parameters of one rank are not gathered, so the plan counts too.
+    Tracked memory is that of device and host together: the host's part by plan is subtracted. On a
+    CPU offloaded parameters of one rank are not gathered, so the device's part by plan counts if it
+    is the larger.
     """
     there = config.memory_of_gpu
     largest = max(rehearsals, key=lambda one: one.peak)
     planned = planned_memory(config, largest)
     needed = largest.peak - planned.host
-    if planned.host:
-        needed = max(needed, planned.peak)
-    said = f"{needed / GIB:.2f} of {there / GIB:g} GiB of the GPU, rank {largest.rank}"
+    source = " (tracked peak less the host's part)" if planned.host else ""
+    if planned.host and planned.peak > needed:
+        needed = planned.peak
+        source = " (by plan, as the host's part cannot be tracked apart)"
+    said = f"{needed / GIB:.2f} of {there / GIB:g} GiB of the GPU{source}, rank {largest.rank}"
     if needed > there:
         less = "lower --micro-batch-size"
         if largest.states - planned.host > there:
@@ -324,7 +333,7 @@ def check_fit(config: DryRunConfig, rehearsals: list[Rehearsal]) -> str:
         raise UsageError(f"the run would not fit: {said}; {less}, or see interbert plan")
 
     tight = needed > (1 - SPARE) * there
-    spare = f", with less than {SPARE:.0%} for driver and allocator" if tight else ""
+    spare = f"; less than {SPARE:.0%} is left for its driver and allocator" if tight else ""
 
     return f"fits: {said}{spare}"
 

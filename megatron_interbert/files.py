@@ -26,6 +26,15 @@ NO_FLUSH = (errno.EINVAL, errno.ENOTSUP)  # disks over a network that cannot flu
 HELD = (errno.EAGAIN, errno.EACCES)  # errors for a lock that another process holds
 
 
+def readable_size(count: float) -> str:
+    """Return a number of bytes for a message, such as `24.93 GB` or `0.81 MB`."""
+    for unit, size in (("TB", 1e12), ("GB", 1e9)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+
+    return f"{count / 1e6:.2f} MB"
+
+
 def file_sha256(path: str | Path, progress: Callable[[int], None] = lambda count: None) -> str:
     """Return the hex sha256 of a file; call `progress` with the byte count of each chunk."""
     digest = hashlib.sha256()

@@ -138,7 +138,8 @@ def run() -> None:
     from torch.distributed.run import run as torchrun
 
     words = command(arguments)
-    if os.environ.get("SLURM_NODEID", "0") == "0":
+    several = number("SLURM_STEP_NUM_NODES", 1, least=1) > 1
+    if several and os.environ.get("SLURM_NODEID", "0") == "0":
         print(f"on each node: torchrun {' '.join(words)}", flush=True)
 
     options = get_args_parser().parse_args(words)

@@ -57,8 +57,8 @@ def test_bad_yaml(tmp_path, text, message):
             ["--micro-batchsize", "3"],
             r"unknown argument '--micro-batchsize' \(did you mean '--micro-batch-size'",
         ),
-        (["--masking", "mine"], "invalid choice"),
-        (["--train-iters", "x"], "invalid int value"),
+        (["--masking", "mine"], "'mine', expected one of paper, official"),
+        (["--train-iters", "x"], "'x', expected a whole number"),
         (["--config", "/nowhere.yaml"], "cannot read /nowhere.yaml"),
     ],
 )

@@ -25,13 +25,16 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import ABOVE_0, Flags, option
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_output, check_writable, json_text, write_output
-from megatron_interbert.machines.processes import aligned
-from megatron_interbert.model.presets import check_words, load_model_config, with_usual_data
-from megatron_interbert.planning.layout import ON_DEVICE, ON_DISK, Layout, Load
+from megatron_interbert.model.presets import (
+    PRESETS,
+    check_words,
+    load_model_config,
+    with_usual_data,
+)
+from megatron_interbert.planning.layout import ON_DISK, Layout, Load, rank_parameters
 from megatron_interbert.planning.recipe import write_recipe
 from megatron_interbert.planning.search import (
     GIB,
-    MOST,
     Batches,
     Fit,
     Room,
@@ -39,20 +42,11 @@ from megatron_interbert.planning.search import (
     layouts,
     refused_tensors,
 )
-from megatron_interbert.planning.timing import MACHINES, Machine, StepTime, step_time
+from megatron_interbert.planning.table import Row, fitting, leaving_out, named, wrapped
+from megatron_interbert.planning.timing import MACHINES, Machine, step_time
 from megatron_interbert.planning.traffic import expected_tokens
 
-# columns of the tables
-LAYOUT = ("DP", "TP", "SP", "ZeRO", "recompute", "offload")
-MEMORY = ("weights", "optimizer", "gradients", "buffers", "activations", "peak", "host")
-TIME = {
-    "compute": "compute s",
-    "tensor": "TP s",
-    "data": "ZeRO s",
-    "update": "update s",
-    "offload": "offload s",
-}
-PLACES = {"none": "no", "cpu": "host", "nvme": "disk"}
+MOST_DEVICES = 1 << 16  # that are tried for a model that does not fit those given
 
 
 @dataclass
@@ -61,7 +55,7 @@ class Options(Flags):
 
     GROUP: ClassVar[str] = "model"
 
-    model: str = option("base", "preset or JSON file of model sizes")
+    model: str = option("base", f"preset ({', '.join(PRESETS)}) or a JSON file of sizes")
     words: tuple[int, int] = option(
         (8, 20), "tokens per sample with [CLS] and [SEP], from-to; default: 8-20", read=span
     )
@@ -191,17 +185,6 @@ class Options(Flags):
         return Batches(sample, self.micro_batch_size, self.global_batch_size)
 
 
-@dataclass(frozen=True)
-class Row:
-    """Hold a layout that fits and, if the device is known, the time of a step and the samples/s of
-    all devices.
-    """
-
-    fit: Fit
-    time: StepTime | None = None
-    rate: float = 0.0
-
-
 def candidates(sizes: ModelConfig, options: Options) -> Iterator[Layout]:
     """Yield the layouts to compare: with offload only if there is something to offload to, with and
     without split rows only in a search.
@@ -230,60 +213,72 @@ def with_time(sizes: ModelConfig, found: Fit, options: Options) -> Row:
     return Row(found, time, found.samples * found.steps * found.layout.data / time.total)
 
 
-def describe(layout: Layout) -> tuple[Any, ...]:
-    """Return the cells of a table that name a layout."""
-    places = PLACES[layout.optimizer_on]
-    if layout.parameters_on != ON_DEVICE:
-        places += ", parameters too"
+def report(
+    sizes: ModelConfig, rows: list[Row], left_out: list[tuple[Layout, str]], options: Options
+) -> list[str]:
+    """Return the lines of the report: what is planned for what, what fits, and what does not."""
+    room = options.gpu_memory * (1 - options.reserve)
+    devices = in_words(options.gpus)
+    bits = "32 bits" if options.fp32 else "16 bits"
+    batch = ""
+    if options.global_batch_size:
+        batch = f", {options.global_batch_size} in a step"
+    found = wrapped(
+        f"{in_millions(rank_parameters(sizes, 1))} parameters on {devices} of"
+        f" {options.gpu_memory:g} GiB, of which {room:g} are used at most (--reserve)"
+    )
+    found += wrapped(
+        f"samples of {as_flag(options.words)} words and {as_flag(options.regions)} regions{batch};"
+        f" {bits}, {options.kernels} kernels"
+    )
+    found += assumptions(options)
 
+    if rows:
+        if options.gpus > 1:
+            found += wrapped(least_devices(sizes, options))
+        limited = bool(options.micro_batch_size or options.global_batch_size)
+        found += fitting(rows, limited)
+    if left_out:
+        found += leaving_out(left_out)
+
+    return found
+
+
+def in_millions(parameters: int) -> str:
+    """Return a number of parameters in words."""
+    return f"{parameters / 1e9:.2f} G" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+
+
+def least_devices(sizes: ModelConfig, options: Options) -> str:
+    """Say how many devices a step needs at least."""
+    samples = options.micro_batch_size or 1
+    found = fewest(sizes, options, options.gpus)
+    if not found:
+        return ""
+
+    count, layout = found
+    plural = "s" if samples > 1 else ""
     return (
-        layout.data,
-        layout.tensor,
-        "yes" if layout.sequence_parallel else "no",
-        layout.zero_stage,
-        "yes" if layout.recompute else "no",
-        places,
+        f"fewest devices, of 1, 2, 4, ..: {count} hold{'s' * (count == 1)} {samples} sample{plural}"
+        f" at a time ({named(layout)})"
     )
 
 
-def table(rows: list[Row], left_out: list[tuple[Layout, str]], options: Options) -> list[str]:
-    """Return the lines of the tables: what fits, and what does not and why."""
-    head = (*LAYOUT, "micro-batch", *MEMORY)
-    if options.device:
-        head = (*head, "samples/s", *TIME.values())
-    lines = []
+def fewest(sizes: ModelConfig, options: Options, most: int) -> tuple[int, Layout] | None:
+    """Return the smallest power of 2 devices, up to `most`, that hold a micro-batch of one sample
+    (or of --micro-batch-size), and the simplest layout in which they do; None if there is none.
+    """
+    sample = options.batches().sample
+    batches = Batches(sample, options.micro_batch_size or 1)
+    counts = (1 << power for power in range(most.bit_length()))
 
-    for row in rows:
-        limited = options.micro_batch_size or options.global_batch_size
-        plus = "+" if row.fit.samples == MOST and not limited else ""
-        samples = f"{row.fit.samples}{plus}"
-        cells = [f"{getattr(row.fit.memory, name) / GIB:.2f}" for name in MEMORY]
-        if row.time:
-            parts = (f"{getattr(row.time, name):.3f}" for name in TIME)
-            cells += [f"{row.rate:.1f}", *parts]
-        lines.append((*describe(row.fit.layout), samples, *cells))
+    for count in counts:
+        fewer = dataclasses.replace(options, gpus=count)
+        for layout in candidates(sizes, fewer):
+            if isinstance(fit(sizes, layout, batches, fewer.room()), Fit):
+                return count, layout
 
-    room = options.gpu_memory * (1 - options.reserve)
-    devices = f"each of {in_words(options.gpus)}" if options.gpus > 1 else "the device"
-    bits = "32 bits" if options.fp32 else "16 bits (ZeRO 1 to 3)"
-    found = [
-        (
-            f"GiB of {devices}, {room:g} of {options.gpu_memory:g} used at most; the peak is less"
-            " than the sum of the parts, which are not all held at once"
-        ),
-        (
-            f"{bits}, {options.kernels} kernels; {as_flag(options.words)} words and"
-            f" {as_flag(options.regions)} regions a sample"
-        ),
-        *assumptions(options),
-    ]
-    if rows:
-        found += aligned([head, *lines])
-    if left_out:
-        reasons = [(*describe(layout), reason) for layout, reason in left_out]
-        found += ["left out:", *aligned([(*LAYOUT, "because"), *reasons])]
-
-    return found
+    return None
 
 
 def in_words(devices: int) -> str:
@@ -303,22 +298,26 @@ def assumptions(options: Options) -> list[str]:
     if machine is None:
         return []
 
-    offload = ""
+    said = (
+        f"times are predicted for {options.device}, and were not measured on GPUs: products at"
+        f" {machine.efficiency:g} of {machine.tflops:g} TFLOP/s; {machine.link_gb_s:g} GB/s between"
+        f" {machine.per_node} devices of a node, {machine.network_gb_s:g} between nodes;"
+        f" {100 * machine.overlap:g} % of ZeRO's communication hidden"
+    )
     if options.host_memory:
-        offload = (
+        said += (
             f"; {machine.host_link_gb_s:g} GB/s to the host, updates there at {machine.host_gb_s:g}"
             f" GB/s, {machine.disk_gb_s:g} to its disk"
         )
+    lines = wrapped(said)
 
-    return [
-        (
-            f"seconds of a step on {options.device}: products at {machine.efficiency:g} of"
-            f" {machine.tflops:g} TFLOP/s; {machine.link_gb_s:g} GB/s between {machine.per_node}"
-            f" devices of a node, {machine.network_gb_s:g} between nodes;"
-            f" {100 * machine.overlap:g} % of ZeRO's communication hidden{offload}. Not measured on"
-            " GPUs"
+    if options.gpus > machine.per_node and options.gpus % machine.per_node:
+        lines += wrapped(
+            f"note: {options.gpus} devices do not fill nodes of {machine.per_node}"
+            " (--gpus-per-node); links are predicted as those of full nodes"
         )
-    ]
+
+    return lines
 
 
 def run(options: Options) -> None:
@@ -343,13 +342,13 @@ def run(options: Options) -> None:
         else:
             left_out.append((layout, found))
 
-    rows.sort(key=lambda row: -row.rate)  # stable: without a device the order stays
-    print("\n".join(table(rows, left_out, options)))
+    rows.sort(key=lambda row: -row.rate)  # stable: without --device the order stays
+    print("\n".join(report(sizes, rows, left_out, options)))
     for tensor, reason in refused_tensors(sizes, options.gpus):
         print(f"TP {tensor}: {reason}")
     if not rows:
         sys.stdout.flush()
-        raise UsageError(nothing_fits(options, [layout for layout, _ in left_out]))
+        raise UsageError(nothing_fits(sizes, options, [layout for layout, _ in left_out]))
 
     if options.search:
         folder = Path(options.search)
@@ -357,12 +356,18 @@ def run(options: Options) -> None:
         per_node = options.gpus_per_node
         told = write_recipe(folder, options.model, best, options.gpu_memory, per_node)
         print(*told, sep="\n")
+        if not options.global_batch_size:
+            samples = best.samples * best.steps * best.layout.data
+            print(
+                f"note: a step takes {samples} samples, as many as fit at a time; set how many your"
+                " training needs with --global-batch-size"
+            )
     if options.output:
         found = [as_record(row) for row in rows]
         write_output(Path(options.output), json_text({"layouts": found}), "--output")
 
 
-def nothing_fits(options: Options, tried: list[Layout]) -> str:
+def nothing_fits(sizes: ModelConfig, options: Options, tried: list[Layout]) -> str:
     """Say that no layout fits, and what is missing."""
     batches = options.batches()
     undivided = [batches.undivided(layout) for layout in tried]
@@ -370,6 +375,9 @@ def nothing_fits(options: Options, tried: list[Layout]) -> str:
         return f"no layout of {in_words(options.gpus)} can share the batch: {undivided[0]}"
 
     ways = ["more of them"]
+    if more := fewest(sizes, options, MOST_DEVICES):
+        count, layout = more
+        ways = [f"{in_words(count)} ({named(layout)})"]
     ways.append("fewer samples at a time" if options.micro_batch_size else "a smaller model")
     if options.host_memory:
         disk = "more --nvme-space" if options.nvme_space else "offload to a disk (--nvme-space)"

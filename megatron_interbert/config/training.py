@@ -50,6 +50,8 @@ class TrainConfig(
 
     # a run sets its own once it knows how many ranks there are
     data_parallel_size: ClassVar[int] = 1
+    # the disk of a run that names none; a rehearsal, which writes nothing, has one
+    usual_disk: ClassVar[str] = ""
 
     def accumulation_steps(self, data_parallel_size: int) -> int:
         """Return the micro-batches per optimizer step and rank.

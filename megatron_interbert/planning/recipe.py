@@ -93,7 +93,7 @@ def commands_of(flags: Path, found: Fit, gpu_memory: float, per_node: int) -> tu
     """Return the commands that start a run in a layout and that rehearse it."""
     ranks = found.layout.data * found.layout.tensor
     file = shlex.quote(str(flags))
-    run = f"--config {file} --data-path DATA --save RUN"
+    run = f"--config {file} --data-path DATA --save RUN --train-iters STEPS"
     start = f"interbert launch --processes {ranks} pretrain {run}"
     if ranks > per_node:
         each = max(n for n in range(1, per_node + 1) if ranks % n == 0)

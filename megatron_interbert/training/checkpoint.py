@@ -32,7 +32,7 @@ import torch.distributed as dist
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
-from megatron_interbert.files import file_entry, write_bytes
+from megatron_interbert.files import file_entry, readable_size, write_bytes
 from megatron_interbert.machines.host import free_memory
 from megatron_interbert.model.partition import full_shape
 from megatron_interbert.parallel.launch import read_launch
@@ -238,7 +238,9 @@ class Checkpoints:
         return self._thread is not None and self._thread.is_alive()
 
     def messages(self) -> list[str]:
-        """Return log lines about saves that have ended since the last call."""
+        """Return log lines about what was read and about saves that have ended, since the last
+        call.
+        """
         lines = []
         while not self._messages.empty():
             lines.append(self._messages.get())
@@ -381,7 +383,7 @@ class Checkpoints:
             written = sum(entry["bytes"] for entry in files.values())
             self._messages.put(
                 f"saved {final} (training waited {stall:.2f} s, on disk after {total:.2f} s:"
-                f" {written / 1e9:.2f} GB, {written / total / 1e6:.0f} MB/s)"
+                f" {readable_size(written)}, {written / total / 1e6:.0f} MB/s)"
             )
 
     def _write_files(self, snapshot: Snapshot, work: Path) -> dict[str, Any]:
@@ -469,7 +471,7 @@ class Checkpoints:
         read = FP32 * FragmentedState(engine).fill(reader, manifest["training_state"])
         seconds = time.monotonic() - started
         self._messages.put(
-            f"read {path} (rank 0: {seconds:.2f} s, {read / 1e9:.2f} GB,"
+            f"read {path} (rank 0: {seconds:.2f} s, {readable_size(read)},"
             f" {read / seconds / 1e6:.0f} MB/s)"
         )
         self.newest = path

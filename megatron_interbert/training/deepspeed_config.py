@@ -265,7 +265,7 @@ def check_offload(config: TrainConfig, values: dict[str, Any]) -> None:
 
         if device == "nvme":
             if block.get("nvme_path") in (None, "auto"):
-                block["nvme_path"] = config.nvme_path
+                block["nvme_path"] = config.nvme_path or config.usual_disk
             if not block["nvme_path"]:
                 raise UsageError(
                     f"{where}: {name} to nvme needs a folder on a disk of each machine; give"

@@ -86,7 +86,7 @@ class Trainer:
                 self.checkpoints.wait(allowed=1)
             raise
         finally:
-            self.say_what_was_saved()
+            self.pass_on_messages()
             self.say_how_to_resume()
             self.writer.close()
 
@@ -116,6 +116,7 @@ class Trainer:
 
     def run_steps(self) -> None:
         """Train step by step until the run is complete or all ranks agree to stop."""
+        self.pass_on_messages()
         self.make_up_for_evaluation()
 
         if self.complete:
@@ -148,7 +149,7 @@ class Trainer:
                 self.save(last=ended)
 
             self.window_started += time.monotonic() - pause  # rates exclude evaluating and saving
-            self.say_what_was_saved()
+            self.pass_on_messages()
 
     def save_is_due(self, step: int) -> bool:
         """Check whether a checkpoint is due after this step, by --save-interval or the clock."""
@@ -235,8 +236,10 @@ class Trainer:
             left = " and runs the evaluation that is due" if self.progress.owes_evaluation else ""
             self.writer.say(f"{reason}; {how} resumes from {newest}{left}")
 
-    def say_what_was_saved(self) -> None:
-        """Print the messages of saves that have finished in the background."""
+    def pass_on_messages(self) -> None:
+        """Print the messages of reading a checkpoint, and of saves that have finished in the
+        background.
+        """
         for line in self.checkpoints.messages():
             if self.state.is_main:
                 self.writer.say(line)

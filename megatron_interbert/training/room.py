@@ -24,6 +24,7 @@ from megatron_interbert.training.micro_batch import Trial, load_of, memory_of
 from megatron_interbert.training.swap import SWAP_ROOM
 
 ERROR = 0.15  # the prediction's: what is predicted to exceed the room by less may fit
+MARGIN = 0.05  # share of the room that a layout leaves free which is said to fit
 
 
 def check_memory(trial: Trial) -> None:
@@ -91,7 +92,7 @@ def alternatives(layout: Layout, room: Room) -> Iterator[tuple[str, Layout, Room
     """Yield (how to call what fits, a layout to start from, the room of its ranks): with the ranks
     of a run, and with fewer, if they share one machine and each can take more of it.
     """
-    yield "the nearest layout that fits", layout, room
+    yield "the nearest layout that fits", layout, times(room, 1 - MARGIN)
     yield "the nearest layout that may fit", layout, possible(room)
 
     launch = read_launch()
@@ -102,7 +103,7 @@ def alternatives(layout: Layout, room: Room) -> Iterator[tuple[str, Layout, Room
     for fewer in (n for n in range(ranks - 1, 0, -1) if ranks % n == 0 and n % layout.tensor == 0):
         more = ranks / fewer
         device = room.device * more if room.one_memory else room.device
-        there = replace(room, device=device, host=room.host * more)
+        there = times(replace(room, device=device, host=room.host * more), 1 - MARGIN)
         few = f"{fewer} rank{'s' * (fewer > 1)} instead of {ranks} fit{'s' * (fewer == 1)} with"
         data = fewer // layout.tensor
         yield few, replace(layout, data=data, secondary=min(layout.secondary, data)), there
@@ -121,7 +122,12 @@ def has_bf16(trial: Trial) -> bool:
 
 def possible(room: Room) -> Room:
     """Return the most that a rank may be predicted to need where the prediction may be wrong."""
-    return replace(room, device=room.device * (1 + ERROR), host=room.host * (1 + ERROR))
+    return times(room, 1 + ERROR)
+
+
+def times(room: Room, factor: float) -> Room:
+    """Return a room of `factor` times the memory."""
+    return replace(room, device=room.device * factor, host=room.host * factor)
 
 
 def changes(trial: Trial, found: Fit) -> str:

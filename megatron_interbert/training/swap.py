@@ -21,7 +21,7 @@ import torch.utils.cpp_extension
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from megatron_interbert.errors import TrainingStopped, UsageError, at_end, end_at_once
-from megatron_interbert.files import check_writable, open_folder, take_lock
+from megatron_interbert.files import check_writable, open_folder, readable_size, take_lock
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.signals import STOPPING, handling
 from megatron_interbert.training.deepspeed_config import blocks_on_disk
@@ -88,9 +88,9 @@ def check_room(path: Path, needed: int) -> None:
 
     if free < needed:
         raise UsageError(
-            f"nvme_path {path}: {free / 1e9:.1f} GB free, the optimizer's state and the parameters"
-            f" that are offloaded there need {needed / 1e9:.1f} GB on this machine; make room, or"
-            " use more machines"
+            f"nvme_path {path}: {readable_size(free)} free, the optimizer's state and the"
+            f" parameters that are offloaded there need {readable_size(needed)} on this machine;"
+            " make room, or use more machines"
         )
 
 
@@ -207,10 +207,10 @@ def check_swap_files(optimizer: Any) -> None:
         found = path.stat().st_size if path.exists() else 0
         if found < size:
             folder = path.parents[3].parent
-            free = shutil.disk_usage(folder).free
+            free = readable_size(shutil.disk_usage(folder).free)
             error = TrainingStopped(
-                f"{folder}: a swap file has {found} of {size} bytes, {free / 1e9:.2f} GB free: the"
-                " disk is full. The state of this step is lost; make room and run the same command"
+                f"{folder}: a swap file has {found} of {size} bytes, {free} free: the disk is full."
+                " The state of this step is lost; make room and run the same command"
                 " again to resume from the newest checkpoint"
             )
             error.local = True

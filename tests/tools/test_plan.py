@@ -50,7 +50,13 @@ def test_a_table_of_layouts_that_fit(tmp_path):
     assert code == 0, err
     layouts = json.loads((tmp_path / "p.json").read_text())["layouts"]
     fit, left_out = out.split("left out:") if "left out:" in out else (out, "")
-    assert len(fit.strip().splitlines()) == 3 + len(layouts)
+    assert len(fit.split("\nDP  TP  ")[1].strip().splitlines()) == 1 + len(layouts)
+    assert "157.1 M parameters on 4 devices of 16 GiB, of which 14.4 are used at most" in fit
+    assert "fewest devices, of 1, 2, 4, ..: 1 holds 1 sample at a time (DP1 x TP1, ZeRO-1)" in fit
+    for line in fit.splitlines():
+        assert len(line) <= 110
+        if heading := re.match(r"  (\S+)   *\S", line):  # a line of the legend
+            assert heading[1] in fit.split("\nDP  ")[1].splitlines()[0] or heading[1] == "DP"
     assert not left_out
     assert {(row["data"], row["tensor"]) for row in layouts} == {(4, 1), (2, 2), (1, 4)}
     for row in layouts:
@@ -101,7 +107,7 @@ def test_offload_is_planned_if_there_is_room(monkeypatch, capsys, tmp_path):
     """Plan 10 B on one device: nothing fits, the host's memory is too small, its disk is not."""
     output = tmp_path / "p.json"
     flags = ("--model", "m6-10b-dense", "--gpus", 1, "--device", "h100", "--output", output)
-    with pytest.raises(UsageError, match=r"try more of them, a smaller model, or offload"):
+    with pytest.raises(UsageError, match=r"try 4 devices \(DP4 x TP1, ZeRO-2\), a smaller"):
         run_here(monkeypatch, *flags)
 
     run_here(monkeypatch, *flags, "--host-memory", 64, "--nvme-space", 1000)
@@ -112,7 +118,7 @@ def test_offload_is_planned_if_there_is_room(monkeypatch, capsys, tmp_path):
         # weight, moments and gradient of the update in fp32
         assert row["disk"] >= 16 * 10.2e9
 
-    out = capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
     assert re.search(r"a rank needs \d+\.\d GiB of host memory of 64\.0 GiB", out)
     assert "50 GB/s to the host, updates there at 40 GB/s, 3 to its disk" in out
 
@@ -124,7 +130,8 @@ def test_the_best_layout_as_files_that_a_run_takes(monkeypatch, capsys, tmp_path
     run_here(monkeypatch, *flags)
     start, rehearsal = capsys.readouterr().out.splitlines()[-2:]
     run = f"--config {tmp_path}/recipe/run.yaml --data-path DATA"
-    assert start == f"start: interbert launch --processes 4 pretrain {run} --save RUN"
+    run += " --save RUN --train-iters STEPS"
+    assert start == f"start: interbert launch --processes 4 pretrain {run}"
     words = rehearsal.removeprefix("rehearse: interbert dry-run ").split()
     parse(DryRunConfig, "", words).check()
 
@@ -179,14 +186,14 @@ def test_what_cannot_be_is_one_line(monkeypatch):
     for flags, line in (
         (
             ("--gpu-memory", 0.3),
-            "nothing fits 8 devices of 0.3 GiB; try more of them, a smaller model, or offload"
-            " (--host-memory)",
+            "nothing fits 8 devices of 0.3 GiB; try 32 devices (DP8 x TP4, ZeRO-2), a smaller"
+            " model, or offload (--host-memory)",
         ),
         (("--micro-batch-size", -4), "--micro-batch-size is -4, expected more than 0"),
         (("--gpu-memory", "nan"), "--gpu-memory nan: expected a finite number"),
         (("--gpu-memory", "inf"), "--gpu-memory inf: expected a finite number"),
         (("--gpu-memory", -1), "--gpu-memory is -1.0, expected more than 0"),
-        (("--gpus", "many"), "argument --gpus: invalid int value: 'many'"),
+        (("--gpus", "many"), "--gpus: 'many', expected a whole number"),
         (("--output", "."), "--output .: is a folder, expected a file to write"),
         (
             ("--micro-batch-size", 10**6),
@@ -210,7 +217,8 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--efficiency", 2), "--efficiency is 2.0, expected more than 0, 1 at most"),
         (
             ("--gpu-memory", 0.2, "--host-memory", 1),
-            "nothing fits 8 devices of 0.2 GiB; try more of them, a smaller model, more"
+            "nothing fits 8 devices of 0.2 GiB; try 64 devices (DP16 x TP4, ZeRO-2, activations"
+            " recomputed, optimizer to host), a smaller model, more"
             " --host-memory, or offload to a disk (--nvme-space)",
         ),
         (
@@ -228,14 +236,15 @@ def test_what_cannot_be_is_one_line(monkeypatch):
 def test_spans_go_from_small_to_large(monkeypatch):
     for text in ("20-8", "0", "0-0", "-3", "many", "8-20-30", "8-", "nan"):
         expected = "expected a number above 0, or two from small to large, such as 10-100"
-        assert refused(monkeypatch, f"--words={text}") == f"argument --words: '{text}', {expected}"
+        assert refused(monkeypatch, f"--words={text}") == f"--words: '{text}', {expected}"
 
 
 def test_any_number_of_devices_is_answered():
     code, out, err = launch(*COMMAND, "--gpus", 10**15, "--micro-batch-size", 1)
     assert code == 0, err
     fit = out.split("\nTP ")[0]
-    assert {line.split()[1] for line in fit.splitlines()[3:]} == {"1", "2", "4"}
+    rows = fit.split("\nDP  ")[1].splitlines()[1:]
+    assert {line.split()[1] for line in rows} == {"1", "2", "4"}
 
 
 def test_speed_by_device(monkeypatch, capsys, tmp_path):
@@ -246,9 +255,9 @@ def test_speed_by_device(monkeypatch, capsys, tmp_path):
     flags = ("--model", "m6-10b-dense", "--gpus", 64, "--device", "a100-40")
     flags = (*flags, "--global-batch-size", 2048, "--output", output)
     run_here(monkeypatch, *flags)
-    told = capsys.readouterr().out
+    told = " ".join(capsys.readouterr().out.split())
     assert "products at 0.45 of 312 TFLOP/s; 230 GB/s between 8 devices of a node" in told
-    assert "36 of 40 used at most" in told
+    assert "64 devices of 40 GiB, of which 36 are used at most" in told
 
     slow = json.loads(output.read_text())["layouts"]
     rates = [row["samples_per_second"] for row in slow]

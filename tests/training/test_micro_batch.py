@@ -231,7 +231,7 @@ def test_what_cannot_be_found_out_is_one_line(tmp_path):
     code, _, err = launch(*pretrain(*flags, "--micro-batch-size", "many"))
     assert (code, err.strip().splitlines()[-1]) == (
         2,
-        "error: argument --micro-batch-size: 'many', expected a number or auto",
+        "error: --micro-batch-size: 'many', expected a whole number or auto",
     )
     (tmp_path / "ds.json").write_text(
         '{"train_micro_batch_size_per_gpu": 4, "gradient_accumulation_steps": 2}'
