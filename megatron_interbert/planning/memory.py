@@ -174,7 +174,8 @@ def held_in_stages_1_and_2(sizes: ModelConfig, layout: Layout, table: float) -> 
     """Return what a rank holds at ZeRO stages 1 and 2.
 
     DeepSpeed copies the gradients of the parameters of which a rank updates at least a part to one
-    place, and at stage 2 keeps no others.
+    place, and at stage 2 keeps no others. There this place is reserved when the first bucket is
+    full, with nearly all activations still held; an offloaded optimizer has it on the host.
     """
     parameters = rank_parameters(sizes, layout.tensor)
     whole = layout.element * parameters
@@ -182,15 +183,17 @@ def held_in_stages_1_and_2(sizes: ModelConfig, layout: Layout, table: float) -> 
     bucket = layout.element * min(parameters, layout.bucket)
     gradients = whole if layout.zero_stage == 1 else copied
     groups = update_groups(sizes, layout.tensor, layout.data)
+    several = parameters > layout.bucket
     # the gradients of a full bucket are joined while the next one is filled
-    joined = bucket if parameters > layout.bucket else 0.0
+    joined = bucket if several else 0.0
+    reserved = several and layout.zero_stage == 2 and layout.optimizer_on == ON_DEVICE
 
     return Held(
         weights=whole,
         optimizer=(FP32 + ADAM) * parameters / layout.data,
         gradients=gradients,
         buffers=bucket + joined,
-        begin=bucket + joined + (gradients if layout.accumulates else 0.0),
+        begin=bucket + joined + (gradients if layout.accumulates or reserved else 0.0),
         end=gradients + bucket + joined + (table + copied) * (layout.zero_stage == 1),
         step=gradients + updated_bytes(layout, max(map(sum, groups))),
     )

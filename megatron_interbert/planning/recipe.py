@@ -97,7 +97,7 @@ def commands_of(flags: Path, found: Fit, gpu_memory: float, per_node: int) -> tu
     start = f"interbert launch --processes {ranks} pretrain {run}"
     if ranks > per_node:
         each = max(n for n in range(1, per_node + 1) if ranks % n == 0)
-        nodes = f"--nodes={ranks // each} --gres=gpu:{each}"
+        nodes = f"--nodes={ranks // each} --gres=gpu:{each} --exclusive"
         start = f"sbatch {nodes} launchers/pretrain.sbatch {run}"
 
     rehearsal = (

@@ -111,6 +111,19 @@ def test_memory_with_offload(folder: Path) -> None:
         assert abs(one["peak"] / one["planned"] - 1) < 0.1, (stage, one)
 
 
+def test_gradients_and_activations_at_once(folder: Path) -> None:
+    """Check the peak of stage 2, whose gradients are reserved while all activations are held; they
+    are 7 % of it here. The last rank updates the last parameters, whose gradients come first.
+    """
+    file = folder / "buckets.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 100_000}}))
+    changes = {"world_size": 2, "tensor_model_parallel_size": 1, "micro_batch_size": 64}
+    [one] = rehearse(folder, deepspeed_config=str(file), zero_stage=2, ranks="1", **changes)[
+        "ranks"
+    ]
+    assert abs(one["peak"] / one["planned"] - 1) < 0.03, one
+
+
 @pytest.mark.parametrize(("secondary", "prefetch"), [(0, 0), (0, 50_000_000), (2, 50_000_000)])
 def test_weights_that_are_gathered_again(folder: Path, secondary: int, prefetch: int) -> None:
     """Check that no more stays gathered than the live limit says, in half precision too, and from
