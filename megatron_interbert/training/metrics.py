@@ -148,11 +148,12 @@ class MetricsWriter:
         parts = [f"{prefix} step {step}/{self.train_iters}", summary]
         if "learning_rate" in values:
             done = step - self.first_step
+            rate = values["samples_per_second"]
             remaining = (time.monotonic() - self.started) / max(done, 1) * (self.train_iters - step)
             parts += [
                 f"lr {values['learning_rate']:.2e}",
                 f"grad {values['grad_norm']:.2f}",
-                f"{values['samples_per_second']:.0f} samples/s",
+                f"{rate:.{0 if rate >= 10 else 2}f} samples/s",
                 f"eta {int(remaining) // 60}:{int(remaining) % 60:02d}",
             ]
 
