@@ -37,7 +37,8 @@ def handling(
         yield
     finally:
         for number, earlier in before.items():
-            signal.signal(number, earlier)
+            if earlier is not None:  # a handler that Python did not set, and cannot set again
+                signal.signal(number, earlier)
 
 
 def killed_by(number: int) -> str:

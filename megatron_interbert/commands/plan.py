@@ -42,7 +42,7 @@ from megatron_interbert.planning.search import (
     layouts,
     refused_tensors,
 )
-from megatron_interbert.planning.table import Row, fitting, leaving_out, named, wrapped
+from megatron_interbert.planning.table import Row, fitting, layout_name, leaving_out, wrapped
 from megatron_interbert.planning.timing import MACHINES, Machine, step_time
 from megatron_interbert.planning.traffic import expected_tokens
 
@@ -224,7 +224,7 @@ def report(
     if options.global_batch_size:
         batch = f", {options.global_batch_size} in a step"
     found = wrapped(
-        f"{in_millions(rank_parameters(sizes, 1))} parameters on {devices} of"
+        f"{readable_count(rank_parameters(sizes, 1))} parameters on {devices} of"
         f" {options.gpu_memory:g} GiB, of which {room:g} are used at most (--reserve)"
     )
     found += wrapped(
@@ -244,9 +244,9 @@ def report(
     return found
 
 
-def in_millions(parameters: int) -> str:
-    """Return a number of parameters in words."""
-    return f"{parameters / 1e9:.2f} G" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+def readable_count(parameters: int) -> str:
+    """Return a number of parameters for a message, such as `157.1 M` or `10.24 B`."""
+    return f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
 
 
 def least_devices(sizes: ModelConfig, options: Options) -> str:
@@ -260,7 +260,7 @@ def least_devices(sizes: ModelConfig, options: Options) -> str:
     plural = "s" if samples > 1 else ""
     return (
         f"fewest devices, of 1, 2, 4, ..: {count} hold{'s' * (count == 1)} {samples} sample{plural}"
-        f" at a time ({named(layout)})"
+        f" at a time ({layout_name(layout)})"
     )
 
 
@@ -268,8 +268,7 @@ def fewest(sizes: ModelConfig, options: Options, most: int) -> tuple[int, Layout
     """Return the smallest power of 2 devices, up to `most`, that hold a micro-batch of one sample
     (or of --micro-batch-size), and the simplest layout in which they do; None if there is none.
     """
-    sample = options.batches().sample
-    batches = Batches(sample, options.micro_batch_size or 1)
+    batches = dataclasses.replace(options.batches(), micro_batch=options.micro_batch_size or 1)
     counts = (1 << power for power in range(most.bit_length()))
 
     for count in counts:
@@ -356,7 +355,7 @@ def run(options: Options) -> None:
         per_node = options.gpus_per_node
         told = write_recipe(folder, options.model, best, options.gpu_memory, per_node)
         print(*told, sep="\n")
-        if not options.global_batch_size:
+        if not (options.global_batch_size or options.micro_batch_size):
             samples = best.samples * best.steps * best.layout.data
             print(
                 f"note: a step takes {samples} samples, as many as fit at a time; set how many your"
@@ -377,7 +376,7 @@ def nothing_fits(sizes: ModelConfig, options: Options, tried: list[Layout]) -> s
     ways = ["more of them"]
     if more := fewest(sizes, options, MOST_DEVICES):
         count, layout = more
-        ways = [f"{in_words(count)} ({named(layout)})"]
+        ways = [f"{in_words(count)} ({layout_name(layout)})"]
     ways.append("fewer samples at a time" if options.micro_batch_size else "a smaller model")
     if options.host_memory:
         disk = "more --nvme-space" if options.nvme_space else "offload to a disk (--nvme-space)"

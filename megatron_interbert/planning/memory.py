@@ -175,7 +175,7 @@ def held_in_stages_1_and_2(sizes: ModelConfig, layout: Layout, table: float) -> 
 
     DeepSpeed copies the gradients of the parameters of which a rank updates at least a part to one
     place, and at stage 2 keeps no others. There this place is reserved when the first bucket is
-    full, with nearly all activations still held; an offloaded optimizer has it on the host.
+    full, with nearly all activations still held. For offload see `offload_optimizer`.
     """
     parameters = rank_parameters(sizes, layout.tensor)
     whole = layout.element * parameters
@@ -201,7 +201,8 @@ def held_in_stages_1_and_2(sizes: ModelConfig, layout: Layout, table: float) -> 
 
 def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     """Return what a rank holds if fp32 weights, moments and the update are on its host, or on its
-    disk. Found in DeepSpeed's code and by dry runs.
+    disk. Found in DeepSpeed's code and by dry runs: at stages 1 and 2 each gradient of what the
+    rank updates goes to the host as it is reduced.
     """
     largest = largest_parameter(sizes, layout.tensor)
     share = rank_parameters(sizes, layout.tensor) / layout.data
@@ -215,7 +216,18 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
         end = held.end - passed + in_norm
         found = replace(found, gradients=0.0, begin=held.begin - passed, end=end)
     else:
-        found = replace(found, host=found.host + FP32 * largest)
+        copied = layout.element * partly_updated(sizes, layout.tensor, layout.data)
+        found = replace(found, end=held.end - copied, host=found.host + FP32 * largest)
+        if layout.zero_stage == 2:
+            # the sums of several micro-batches, in 16 bits; the last addend is on the device too
+            summed = copied if layout.accumulates else 0.0
+            found = replace(
+                found,
+                gradients=summed,
+                begin=held.begin - summed,
+                end=found.end + summed,
+                host=found.host + summed,
+            )
 
     if layout.optimizer_on == ON_DISK:
         at_once = layout.swap_buffers * FP32 * min(share, layout.sub_group)
@@ -255,7 +267,7 @@ def gathered_to_evaluate(sizes: ModelConfig, layout: Layout) -> float:
 
 def updated_bytes(layout: Layout, at_once: int) -> float:
     """Return the bytes of a rank's part of the gradients of the parameters that are updated at
-    once: joined, and converted to fp32 if they are not.
+    once: joined, and converted to fp32 unless they are in fp32 already.
     """
     return at_once / layout.data * (layout.element + FP32 if layout.half else layout.element)
 

@@ -28,7 +28,7 @@ class Row:
 class Column:
     """Describe a column: its heading, what it means, and how a cell is made of a row (or a layout).
 
-    A column whose cells are all `usual` says nothing, and is left out.
+    A column whose cells are all `usual` says nothing, and is left out; "": it is always shown.
     """
 
     heading: str
@@ -75,24 +75,24 @@ LAYOUT = (
 )
 
 
-def gib(name: str, meaning: str) -> Column:
-    """Return a column of bytes of `Memory`, in GiB; left out if they are 0."""
-    return Column(name, meaning, lambda row: f"{getattr(row.fit.memory, name) / GIB:.2f}", "0.00")
+def gib(name: str, meaning: str, usual: str = "") -> Column:
+    """Return a column of bytes of `Memory`, in GiB."""
+    return Column(name, meaning, lambda row: f"{getattr(row.fit.memory, name) / GIB:.2f}", usual)
 
 
-def seconds(name: str, heading: str, meaning: str) -> Column:
-    """Return a column of seconds of `StepTime`; left out if they are 0."""
-    return Column(heading, meaning, lambda row: f"{getattr(row.time, name):.3f}", "0.000")
+def seconds(name: str, heading: str, meaning: str, usual: str = "") -> Column:
+    """Return a column of seconds of `StepTime`."""
+    return Column(heading, meaning, lambda row: f"{getattr(row.time, name):.3f}", usual)
 
 
 MEMORY = (
     gib("weights", "GiB of a device, in the type of the forward pass"),
     gib("optimizer", "GiB of fp32 weights and Adam's moments"),
-    gib("gradients", "GiB"),
+    gib("gradients", "GiB of those that the optimizer takes, in the type of the forward pass"),
     gib("buffers", "GiB for communication"),
     gib("activations", "GiB of a micro-batch"),
-    gib("peak", "GiB at most at a time; less than the sum, as not all is held at once"),
-    gib("host", "GiB of host memory for each of its devices"),
+    gib("peak", "GiB at most: not all parts at once, but with what ZeRO-3 gathers and updates add"),
+    gib("host", "GiB of host memory for each of its devices", "0.00"),
     Column(
         "disk",
         "GB of disk for each of its devices",
@@ -103,10 +103,10 @@ MEMORY = (
 TIME = (
     Column("samples/s", "of all devices together", lambda row: f"{row.rate:.1f}"),
     seconds("compute", "compute s", "seconds of a step in forward and backward passes"),
-    seconds("tensor", "TP s", "in communication between tensor-parallel ranks"),
-    seconds("data", "ZeRO s", "in communication between data-parallel ranks"),
+    seconds("tensor", "TP s", "in communication between tensor-parallel ranks", "0.000"),
+    seconds("data", "ZeRO s", "in communication between data-parallel ranks", "0.000"),
     seconds("update", "update s", "in the optimizer"),
-    seconds("offload", "offload s", "in transfers to and from host and disk, and updates there"),
+    seconds("offload", "offload s", "in transfers to and from host and disk", "0.000"),
 )
 
 
@@ -161,7 +161,7 @@ def in_columns(columns: Sequence[Column], rows: Iterable[Any]) -> list[str]:
     return aligned([head, *([column.cell(row) for column in columns] for row in rows)])
 
 
-def named(layout: Layout) -> str:
+def layout_name(layout: Layout) -> str:
     """Return a layout in words, such as `DP8 x TP1, ZeRO-2, activations recomputed`."""
     words = [f"DP{layout.data} x TP{layout.tensor}", f"ZeRO-{layout.zero_stage}"]
     if layout.sequence_parallel:
@@ -169,7 +169,7 @@ def named(layout: Layout) -> str:
     if layout.recompute:
         words.append("activations recomputed")
     if layout.offloads:
-        words.append(f"{offloaded(layout)}")
+        words.append(offloaded(layout))
 
     return ", ".join(words)
 

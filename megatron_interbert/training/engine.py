@@ -57,7 +57,9 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
 
 
 def updated_at_once(model: nn.Module, config: TrainConfig, state: ParallelState) -> int:
-    """Return the elements at which a group of the optimizer is full."""
+    """Return the elements at which a group of the optimizer is full; chosen as if all parameters
+    had the same learning rate (see --pretrained-lr-scale).
+    """
     if config.zero_stage == 3:
         return SUB_GROUP
 

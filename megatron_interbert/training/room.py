@@ -24,7 +24,7 @@ from megatron_interbert.training.micro_batch import Trial, load_of, memory_of
 from megatron_interbert.training.swap import SWAP_ROOM
 
 ERROR = 0.15  # the prediction's: what is predicted to exceed the room by less may fit
-MARGIN = 0.05  # share of the room that a layout leaves free which is said to fit
+MARGIN = 0.05  # a layout is said to fit if it leaves this share of the room free
 
 
 def check_memory(trial: Trial) -> None:

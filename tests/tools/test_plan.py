@@ -173,6 +173,29 @@ def test_the_launcher_of_10_b_has_the_best_layout(monkeypatch, tmp_path):
     assert {name: best[name] for name in names} == {name: getattr(layout, name) for name in names}
 
 
+def test_the_advice_for_more_devices_fits(monkeypatch, capsys):
+    """Follow the advice of a refusal, where gradients of several micro-batches need more memory
+    than one does.
+    """
+    flags = ("--gpu-memory", 5.2, "--global-batch-size", 4096, "--micro-batch-size", 1024)
+    advice = refused(monkeypatch, "--gpus", 1, *flags)
+    devices = re.search(r"try (\d+) devices? \(", advice)[1]
+    assert int(devices) > 1
+
+    run_here(monkeypatch, "--gpus", devices, *flags)
+    out = capsys.readouterr().out
+    assert f"fewest devices, of 1, 2, 4, ..: {devices} hold 1024 samples at a time" in out
+
+
+def test_a_small_model_and_nodes_that_are_not_full(monkeypatch, capsys):
+    flags = ("--model", "tiny", "--gpus", 12, "--micro-batch-size", 1, "--device", "h100")
+    run_here(monkeypatch, *flags)
+    out = " ".join(capsys.readouterr().out.split())
+    assert "ZeRO recompute micro-batch weights optimizer gradients buffers activations peak" in out
+    assert "note: 12 devices do not fill nodes of 8 (--gpus-per-node)" in out
+    assert "as many as fit" not in out
+
+
 def test_what_does_not_divide_is_said(monkeypatch, capsys):
     run_here(monkeypatch, "--gpus", 15)
     out = capsys.readouterr().out
@@ -217,7 +240,7 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--efficiency", 2), "--efficiency is 2.0, expected more than 0, 1 at most"),
         (
             ("--gpu-memory", 0.2, "--host-memory", 1),
-            "nothing fits 8 devices of 0.2 GiB; try 64 devices (DP16 x TP4, ZeRO-2, activations"
+            "nothing fits 8 devices of 0.2 GiB; try 32 devices (DP8 x TP4, ZeRO-2, activations"
             " recomputed, optimizer to host), a smaller model, more"
             " --host-memory, or offload to a disk (--nvme-space)",
         ),

@@ -97,14 +97,14 @@ def test_a_sound_run(
 
 def test_memory_with_offload(folder: Path) -> None:
     """Check what is on device and host together: a dry run does not tell them apart."""
-    for stage in (1, 3):
+    for stage, batch in ((1, 0), (2, 0), (2, 16), (3, 0)):
         file = folder / f"offload{stage}.json"
         places = {"offload_optimizer": {"device": "cpu"}}
         if stage == 3:
             places["offload_param"] = {"device": "cpu"}
         file.write_text(json.dumps({"zero_optimization": {"stage": stage, **places}}))
 
-        changes = {"zero_stage": stage, "deepspeed_config": str(file)}
+        changes = {"zero_stage": stage, "deepspeed_config": str(file), "global_batch_size": batch}
         figures = rehearse(folder, ranks="0", **changes)
         check_traffic(figures, NORM)
         [one] = figures["ranks"]
