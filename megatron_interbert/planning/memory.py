@@ -217,15 +217,19 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
         found = replace(found, gradients=0.0, begin=held.begin - passed, end=end)
     else:
         copied = layout.element * partly_updated(sizes, layout.tensor, layout.data)
-        found = replace(found, end=held.end - copied, host=found.host + FP32 * largest)
+        in_norm = FLOAT64 * min(largest, NORM_AT_ONCE)
+        end = held.end - copied
+        found = replace(found, end=end + in_norm, host=found.host + FP32 * largest)
         if layout.zero_stage == 2:
-            # the sums of several micro-batches, in 16 bits; the last addend is on the device too
+            # the sums of several micro-batches, in 16 bits; an addend is on the device too
             summed = copied if layout.accumulates else 0.0
+            # a bucket that holds all gradients is joined at the end
+            whole = held.buffers if held.buffers < layout.element * layout.bucket else 0.0
             found = replace(
                 found,
                 gradients=summed,
                 begin=held.begin - summed,
-                end=found.end + summed,
+                end=end + whole + max(in_norm, summed),
                 host=found.host + summed,
             )
 
