@@ -240,9 +240,8 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (("--efficiency", 2), "--efficiency is 2.0, expected more than 0, 1 at most"),
         (
             ("--gpu-memory", 0.2, "--host-memory", 1),
-            "nothing fits 8 devices of 0.2 GiB; try 32 devices (DP8 x TP4, ZeRO-2, activations"
-            " recomputed, optimizer to host), a smaller model, more"
-            " --host-memory, or offload to a disk (--nvme-space)",
+            "nothing fits 8 devices of 0.2 GiB; try 512 devices (DP128 x TP4, ZeRO-2, activations"
+            " recomputed), a smaller model, more --host-memory, or offload to a disk (--nvme-space)",
         ),
         (
             ("--model", "none"),
