@@ -241,7 +241,8 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (
             ("--gpu-memory", 0.2, "--host-memory", 1),
             "nothing fits 8 devices of 0.2 GiB; try 512 devices (DP128 x TP4, ZeRO-2, activations"
-            " recomputed), a smaller model, more --host-memory, or offload to a disk (--nvme-space)",
+            " recomputed), a smaller model, more --host-memory, or offload to a disk"
+            " (--nvme-space)",
         ),
         (
             ("--model", "none"),
