@@ -15,7 +15,7 @@ from megatron_interbert.parallel.shared_weights import unit_of
 from megatron_interbert.parallel.state import ParallelState
 
 BUCKET = 50_000_000  # most gradients that are reduced at once
-SUB_GROUP = 100_000_000  # at least about as many parameters are updated at once
+SUB_GROUP = 100_000_000  # about as many parameters are updated at once, or more: see update_size
 LIVE = 1_000_000_000  # most parameters that stage 3 keeps gathered
 SWAP_BUFFERS = 4  # pinned, each of a group of the update, to read and write a disk
 PARAMETER_BUFFERS = 5  # pinned, each of a parameter, to read and write a disk
@@ -180,9 +180,9 @@ def update_size(parameters: Sequence[tuple[int, bool]], ranks: int) -> int:
     """Return the elements at which a group of the optimizer is full, at ZeRO stages 1 and 2 with
     `ranks` data-parallel ranks; `parameters` as for `grouped`.
 
-    A rank keeps the whole gradients of the parameters that the ends of its parts cut, so many small
-    groups cost memory; so do large ones, whose gradients are joined and converted to fp32 at once.
-    The sum is least, of a few sizes, at the one returned.
+    A rank keeps the whole gradient of a parameter even if it updates only a part of it, so many
+    small groups cost memory. So do large groups, whose gradients are joined and converted to fp32
+    together. Of the sizes tried, the one returned needs the least for both.
     """
     if ranks == 1:
         return SUB_GROUP

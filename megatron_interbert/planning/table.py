@@ -2,7 +2,7 @@
 
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from megatron_interbert.machines.processes import aligned
@@ -121,7 +121,7 @@ def fitting(rows: Sequence[Row], limited: bool) -> list[str]:
     micro_batch = Column(
         "micro-batch", "samples of a forward pass of a data-parallel rank", samples
     )
-    layout = [on_layout(column) for column in LAYOUT]
+    layout = seen_by(lambda row: row.fit.layout)
     columns = [*layout, micro_batch, *MEMORY, *(TIME if rows[0].time else ())]
     shown = [column for column in columns if says_something(column, rows)]
     legend = [("  " + column.heading, column.meaning) for column in shown]
@@ -132,22 +132,19 @@ def fitting(rows: Sequence[Row], limited: bool) -> list[str]:
 def leaving_out(left_out: Sequence[tuple[Layout, str]]) -> list[str]:
     """Return the lines of the table of what does not fit, and why."""
     because = Column("because", "", lambda pair: pair[1])
-    layout = [on_first(column) for column in LAYOUT]
+    layout = seen_by(lambda pair: pair[0])
     shown = [column for column in layout if says_something(column, left_out)]
 
     return ["left out:", *in_columns([*shown, because], left_out)]
 
 
-def on_layout(column: Column) -> Column:
-    """Return a column of a layout as one of a row."""
-    return Column(
-        column.heading, column.meaning, lambda row: column.cell(row.fit.layout), column.usual
-    )
+def seen_by(layout_of: Callable[[Any], Layout]) -> list[Column]:
+    """Return the columns of a layout for rows of which `layout_of` returns the layout."""
 
+    def of_row(column: Column) -> Column:
+        return replace(column, cell=lambda row: column.cell(layout_of(row)))
 
-def on_first(column: Column) -> Column:
-    """Return a column of a layout as one of a pair whose first part is the layout."""
-    return Column(column.heading, column.meaning, lambda pair: column.cell(pair[0]), column.usual)
+    return [of_row(column) for column in LAYOUT]
 
 
 def says_something(column: Column, rows: Iterable[Any]) -> bool:
