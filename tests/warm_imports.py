@@ -3,8 +3,6 @@ starting a thread.
 """
 
 # ruff: noqa: F401
-# DeepSpeed imports this when an engine is built, and with it the compiler
-import deepspeed.runtime.zero.muon.muon_optimizer
 import torch._dynamo  # torch imports it with the first optimizer
 
 import megatron_interbert.evaluate
@@ -14,3 +12,6 @@ import megatron_interbert.pretrain
 import megatron_interbert.serve
 import megatron_interbert.serving.server
 import megatron_interbert.training.setup
+from megatron_interbert.training.engine import import_without_compiler
+
+import_without_compiler()
