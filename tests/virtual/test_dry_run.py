@@ -65,8 +65,17 @@ def rehearse(folder: Path, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder with a store, once torch has met the operations of both kinds of engine: the
+    processes that rehearse are forked from this one, and need not find them out again.
+    """
     folder = tmp_path_factory.mktemp("dry_run")
     write_store(folder / "store")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dry_run, "rehearse_all", lambda config: [dry_run.rehearse_rank((config, 0))])
+        for stage in (1, 3):
+            rehearse(folder, ranks="0", zero_stage=stage)
+
     return folder
 
 
