@@ -44,6 +44,7 @@ def test_every_way_in_gives_the_same_losses(store, tmp_path):
     for name, command in ways.items():
         code, out, err = launch(*command, warm=False, LAUNCH_ARGS="--num_gpus 1")
         assert code == 0, f"{name}: {out}{err}"
+        assert "on each node:" not in out, "that line is for several nodes"
 
     results = {name: losses(tmp_path / name) for name in ways}
     assert sorted(results["python"]) == [1, 2, 3]

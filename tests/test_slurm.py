@@ -63,6 +63,7 @@ def test_two_nodes_train_as_two_processes_do(slurm, store, undisturbed, tmp_path
     log = slurm.log(job)
     assert fields["JobState"] == "COMPLETED", log
     assert "job 1 on n[0-1], start 1: srun" in log
+    assert log.count("on each node: torchrun --nnodes 2 --node-rank 0 ") == 1, log
     assert "layout: DP2 x TP1 (2 ranks, gloo)" in log
     assert losses(tmp_path / "run") == undisturbed
 
