@@ -150,7 +150,7 @@ def test_mining_is_shared_among_machines(corpus, tmp_path, command):
         build(tmp_path / name, flags[0], "--captions", flags[2], "--images-per-shard", 1000)
         stores.append(tmp_path / name)
     output = {"mine-negatives": "hard_negatives.npy", "mine-neighbours": "hard_images.npy"}[command]
-    small = ("--block", 20, "--claim-timeout", 4)
+    small = ("--block", 80, "--claim-timeout", 4)
     code, out, err = launch(sys.executable, "-m", MAIN, command, stores[0], *small)
     assert code == 0, out + err
     ranks = start_ranks(*[(command, stores[1], *small)] * 2, module=MAIN)
