@@ -1,6 +1,7 @@
 """Set up what many test files share."""
 
 import os
+import signal
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # even with a GPU; tests/gpu ask torch for theirs
 os.environ["OMP_NUM_THREADS"] = "1"  # several files are tested at once, on all cores
@@ -8,6 +9,9 @@ os.environ["OMP_NUM_THREADS"] = "1"  # several files are tested at once, on all 
 import pytest
 
 from tests.corpus import write_store
+
+# A shell lets what it starts in the background ignore SIGINT, and with it all that tests start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files are tested in parallel. Those that take half a minute or more start first, the longest at
 # the head, so that none runs alone at the end.
