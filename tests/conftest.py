@@ -10,7 +10,7 @@ import pytest
 
 from tests.corpus import write_store
 
-# A shell lets what it starts in the background ignore SIGINT, and with it all that tests start.
+# Shells start background jobs with SIGINT ignored, which all processes of the tests would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Files are tested in parallel. Those that take half a minute or more start first, the longest at

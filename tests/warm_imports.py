@@ -12,6 +12,6 @@ import megatron_interbert.pretrain
 import megatron_interbert.serve
 import megatron_interbert.serving.server
 import megatron_interbert.training.setup
-from megatron_interbert.training.engine import import_without_compiler
+from megatron_interbert.training.engine import import_muon_uncompiled
 
-import_without_compiler()
+import_muon_uncompiled()

@@ -65,8 +65,10 @@ def rehearse(folder: Path, **changes) -> dict:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder with a store, once torch has met the operations of both kinds of engine: the
-    processes that rehearse are forked from this one, and need not find them out again.
+    """Return a folder with a store.
+
+    Rehearses both kinds of engine in this process first: those of the tests are forked from it, and
+    inherit what torch caches about fake tensors.
     """
     folder = tmp_path_factory.mktemp("dry_run")
     write_store(folder / "store")
