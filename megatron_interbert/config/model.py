@@ -41,13 +41,18 @@ class ModelConfig:
     fusion: str = "product"
     # or "chinese": full-width and traditional characters become half-width and simplified ones
     text_normalisation: str = "none"
+    experts: int = 0  # of each layer, in place of its MLP; 0: a dense model
+    prototypes: int = 1  # that divide the experts; a token goes to one expert of each
+    expert_stacks: str = "interaction,text,image"  # that have experts
+    share_layers: bool = False  # all layers of a stack have the same parameters
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
 
     FROM_DATA: ClassVar[tuple[str, ...]] = ("vocab_size", "feature_dim", "num_classes")
+    STACKS: ClassVar[tuple[str, ...]] = ("interaction", "text", "image")
     MAY_BE_0: ClassVar[tuple[str, ...]] = (
         *FROM_DATA,
-        *("interaction_layers", "text_layers", "image_layers"),
+        *("interaction_layers", "text_layers", "image_layers", "experts"),
     )
 
     def __post_init__(self) -> None:
@@ -60,6 +65,7 @@ class ModelConfig:
                     f" {getattr(self, name)}"
                 )
 
+        self._check_experts()
         if self.fusion not in ("product", "sum"):
             raise UsageError(f"model: fusion is '{self.fusion}', expected 'product' or 'sum'")
         if self.text_normalisation not in ("none", "chinese"):
@@ -67,6 +73,25 @@ class ModelConfig:
                 f"model: text_normalisation is '{self.text_normalisation}', expected 'none' or"
                 " 'chinese'"
             )
+
+    def _check_experts(self) -> None:
+        if self.prototypes > 1 and not self.experts:
+            raise UsageError(f"model: prototypes is {self.prototypes}, but there are no experts")
+        if self.experts % self.prototypes:
+            raise UsageError(
+                f"model: experts {self.experts} is not a multiple of prototypes {self.prototypes}"
+            )
+
+        unknown = set(self.expert_stacks.split(",")) - set(self.STACKS)
+        if unknown:
+            raise UsageError(
+                f"model: expert_stacks is '{self.expert_stacks}', expected some of"
+                f" {','.join(self.STACKS)}, separated by commas"
+            )
+
+    def has_experts(self, stack: str) -> bool:
+        """Check whether the layers of a stack (interaction, text, image) have experts."""
+        return self.experts > 0 and stack in self.expert_stacks.split(",")
 
     def check_size(self, name: str, kind: type) -> None:
         """Raise UsageError if the size `name` is of a wrong type or out of range, as a JSON file
@@ -83,6 +108,9 @@ class ModelConfig:
             below = 1.0 if name.endswith("dropout") else math.inf
             sound = type(value) in (int, float) and 0 <= value < below
             expected = "a number from 0 up to 1" if below == 1.0 else "a finite number of 0 or more"
+        elif kind is bool:
+            sound = type(value) is bool
+            expected = "true or false"
         else:
             sound = isinstance(value, str)
             expected = "a text"
@@ -119,6 +147,22 @@ class ModelConfig:
                     f"--tensor-model-parallel-size {size} does not divide {name}"
                     f" {getattr(self, name)} of the model; use a size that divides it"
                 )
+
+    def check_expert_parallel(self, size: int) -> None:
+        """Raise UsageError if `size` ranks cannot divide the experts evenly."""
+        if size == 1:
+            return
+        if not self.experts:
+            raise UsageError(
+                f"--expert-parallel-size {size}: the model has no experts; leave it out, or give"
+                " --experts"
+            )
+
+        if self.experts % size:
+            raise UsageError(
+                f"--expert-parallel-size {size} does not divide the {self.experts} experts of the"
+                " model; use a size that divides them"
+            )
 
     def without_dropout(self) -> "ModelConfig":
         """Return the same sizes with every dropout at 0 (for exact comparisons of layouts)."""

@@ -73,6 +73,21 @@ class ModelSettings(Flags):
         " of our checkpoints",
         FREE,
     )
+    experts: int = setting(
+        0, "experts of each layer, in place of its MLP; 0: as --model says", FREE, least=0
+    )
+    prototypes: int = setting(
+        0,
+        "groups of experts, in each of which a token goes to one expert; 0: as --model says",
+        FREE,
+        least=0,
+    )
+    share_layers: bool = setting(
+        False,
+        "all layers of a stack have the same parameters (the first part of Pseudo-to-Real;"
+        " tools/convert_checkpoint.py --untie-layers prepares the second)",
+        FREE,
+    )
     dropout: bool = setting(True, "--no-dropout sets every dropout to 0", SAME)
     seed: int = setting(1234, "seeds weights, order, masks and dropout", SAME, least=0)
 
@@ -177,6 +192,12 @@ class ParallelismSettings(Flags):
         False,
         "tensor-parallel ranks also split the tokens between layers: less memory, more traffic",
         FREE,
+    )
+    expert_parallel_size: int = setting(
+        1,
+        "ranks that divide the experts; it may span data-parallel and tensor-parallel ranks",
+        FREE,
+        least=1,
     )
     zero_stage: int = setting(
         1,

@@ -236,11 +236,57 @@ class RunConfig(TrainConfig):
         SAME,
         group="optimisation",
     )
+    capacity_factor: float = setting(
+        0.0,
+        "most tokens of an expert, over its even share of a routing group; 0: no limit",
+        SAME,
+        least=0,
+        group="model",
+    )
+    balance_coefficient: float = setting(
+        0.0,
+        "weight of the loss that balances the load of experts within routing groups (usual: 0.01)",
+        SAME,
+        least=0,
+        group="optimisation",
+    )
+    routing_group: int = setting(
+        64,
+        "consecutive samples of a data partition within which capacity and balance act",
+        SAME,
+        least=1,
+        group="model",
+    )
     eval_iters: int = setting(10, "batches per evaluation", FREE, least=1, group="logging")
 
     def stores(self) -> list[str]:
         """Return the paths of the region stores in --data-path."""
         return split_paths(self.data_path)
+
+    @property
+    def routes_in_groups(self) -> bool:
+        """Check whether the routing of a token depends on others, those of its routing group."""
+        return self.capacity_factor > 0 or self.balance_coefficient > 0
+
+    def check_routing(self, sizes: ModelConfig) -> None:
+        """Raise UsageError if there is nothing to limit or balance."""
+        if self.routes_in_groups and not sizes.experts:
+            name = "capacity_factor" if self.capacity_factor else "balance_coefficient"
+            raise UsageError(
+                f"{self.told(name)}, but the model has no experts; leave it out, or give --experts"
+            )
+
+    def check_routing_groups(self) -> None:
+        """Raise UsageError if a micro-batch would not hold whole routing groups."""
+        ranks = self.data_parallel_size
+        least = self.data_partitions // ranks * self.routing_group
+        if self.routes_in_groups and self.micro_batch_size % least:
+            raise UsageError(
+                f"{self.told('micro_batch_size')} would cut routing groups: expected a multiple of"
+                f" {least} = {self.told('data_partitions')} / data-parallel size {ranks} x"
+                f" {self.told('routing_group')}; give another size, --data-partitions {ranks}, or a"
+                " smaller --routing-group"
+            )
 
     def objective_names(self) -> tuple[str, ...]:
         """Return the losses to train on; raises UsageError for a name other than msm, mrm, itm."""

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels import attention, cpu_ops, plain
+from megatron_interbert.kernels import attention, cpu_ops, grouped, plain
 from megatron_interbert.kernels.fit import OLDEST, WIDEST, Gpu, gpu_of, tile_bytes, tile_for
 from megatron_interbert.kernels.products import (
     Float8Products,
@@ -36,6 +36,7 @@ class Kernels:
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
     products: type = PlainProducts
+    grouped: Callable[..., torch.Tensor] = grouped.one_by_one  # products of experts
     row_multiple: int = 1  # token rows of a stack of layers are padded to a multiple of this
     remarks: tuple[str, ...] = ()
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.partition import mark_shards
 
 
 def on_meta(make: Callable[[], InterBert]) -> InterBert:
@@ -30,8 +29,8 @@ def give_memory(
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.is_meta:
                 empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
-                setattr(module, name, nn.Parameter(empty))
-
-    mark_shards(model)
+                filled = nn.Parameter(empty)
+                vars(filled).update(vars(parameter))  # its tags for DeepSpeed
+                setattr(module, name, filled)
 
     return model

@@ -18,7 +18,7 @@ from torch import nn
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.model.partition import SliceRun, full_shape, joined
+from megatron_interbert.model.partition import SliceRun, full_shape, joined, place_of
 from megatron_interbert.parallel.state import ParallelState
 
 BLOCK = 1 << 16  # elements drawn from one key and counter; a block is always drawn whole
@@ -85,8 +85,8 @@ def fill_model(
     state: ParallelState,
     only: Collection[str] | None = None,
 ) -> None:
-    """Fill the parameters of a model that holds them whole (its tensor-parallel slices), part by
-    part, in the dtype that they have; with `only`, those of these names.
+    """Fill the parameters of a model that holds its slices of them whole, part by part, in the
+    dtype that they have; with `only`, those of these names.
     """
     for name, parameter in model.named_parameters():
         if only is not None and name not in only:
@@ -94,7 +94,7 @@ def fill_model(
 
         flat = parameter.detach().view(-1)
         shape = tuple(parameter.shape)
-        whole = SliceRun(name, shape, state.tensor_rank, state.tensor_size, 0, flat.numel())
+        whole = SliceRun(name, shape, *place_of(name, state), 0, flat.numel())
         for run in whole.split(PART):
             flat[run.start : run.start + run.length] = read(run)
 
@@ -148,7 +148,7 @@ def check_names(
                 " another model"
             )
 
-        expected = full_shape(name, parameter.shape, state.tensor_size)
+        expected = full_shape(name, parameter.shape, place_of(name, state)[1])
         if list(shapes[name]) != expected:
             raise UsageError(
                 f"{where}: {name} has shape {list(shapes[name])}, the model expects {expected};"

@@ -19,9 +19,11 @@ from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.gather import gather_rows
 from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
+from megatron_interbert.model.experts import Experts
 from megatron_interbert.model.heads import Pooler, RegionHead, SentenceHead, WordHead
 from megatron_interbert.model.partition import mark_shards
-from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
+from megatron_interbert.model.router import RouterReport, RoutingRule
+from megatron_interbert.model.transformer import Mlp, TransformerLayer, TransformerStack
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 
@@ -48,6 +50,9 @@ class InterBertOutput(NamedTuple):
     itm_logits: torch.Tensor | None = None
     choice_logit: torch.Tensor | None = None  # [B, 1]
     sentence_logits: torch.Tensor | None = None  # [B, labels]
+    # of each layer with experts, in the order of use: see RouterReport
+    balance: torch.Tensor | None = None  # [layers]
+    router_figures: torch.Tensor | None = None  # [layers, experts + 4]
 
 
 def build_stack(
@@ -56,17 +61,25 @@ def build_stack(
     kernels: Kernels,
     streams: RandomStreams,
     recompute: bool,
-    count: int,
+    rule: RoutingRule,
+    name: str,
     heads: int,
     hidden_dropout: float,
     attention_dropout: float,
 ) -> TransformerStack:
-    """Build a stack of `count` layers of the model's hidden size."""
+    """Build one of a model's stacks (interaction, text, image)."""
+    depth = getattr(config, f"{name}_layers")
+
+    def mlp() -> nn.Module:
+        if config.has_experts(name):
+            return Experts(config, state, kernels, rule)
+        return Mlp(config.hidden_size, config.ffn_hidden_size, state.placement, kernels)
+
     layers = [
         TransformerLayer(
             config.hidden_size,
             heads,
-            config.ffn_hidden_size,
+            mlp(),
             hidden_dropout,
             attention_dropout,
             config.layer_norm_eps,
@@ -74,17 +87,19 @@ def build_stack(
             kernels,
             streams,
         )
-        for _ in range(count)
+        for _ in range(min(depth, 1) if config.share_layers else depth)
     ]
 
-    return TransformerStack(layers, state.placement, streams, recompute, kernels.row_multiple)
+    return TransformerStack(
+        layers, state.placement, streams, recompute, kernels.row_multiple, depth, rule
+    )
 
 
 class InterBert(nn.Module):
     """Build the whole model, with any heads of msm, mrm, itm, choice, sentence (of `num_labels`).
 
     Parameters are uninitialised until drawn or loaded. `text_only` builds the text path alone:
-    BERT's topology.
+    BERT's topology. `rule` limits and balances the load of experts in training.
     """
 
     def __init__(
@@ -96,6 +111,7 @@ class InterBert(nn.Module):
         kernels: Kernels | None = None,
         streams: RandomStreams | None = None,
         recompute: bool = False,
+        rule: RoutingRule | None = None,
         num_labels: int = 2,
         text_only: bool = False,
     ) -> None:
@@ -103,20 +119,22 @@ class InterBert(nn.Module):
         state = state or ParallelState()
         kernels = kernels or Kernels()
         streams = streams or RandomStreams(0)
+        rule = rule or RoutingRule()
         config.check_tensor_parallel(state.tensor_size)
+        config.check_expert_parallel(state.expert_size)
         self.config = config
         self.text_embedding = TextEmbedding(config, state.tensor_group, kernels)
         if not text_only:
             self.image_embedding = ImageEmbedding(config, kernels)
 
-        stack = partial(build_stack, config, state, kernels, streams, recompute)
+        stack = partial(build_stack, config, state, kernels, streams, recompute, rule)
         text_like = (config.num_attention_heads, config.hidden_dropout, config.attention_dropout)
-        self.interaction = stack(config.interaction_layers, *text_like)
-        self.text_stream = stack(config.text_layers, *text_like)
+        self.interaction = stack("interaction", *text_like)
+        self.text_stream = stack("text", *text_like)
 
         if not text_only:
             self.image_stream = stack(
-                config.image_layers,
+                "image",
                 config.image_attention_heads,
                 config.image_hidden_dropout,
                 config.image_attention_dropout,
@@ -153,7 +171,8 @@ class InterBert(nn.Module):
         ]
         image_rows = [batch.summary_rows, regions if hasattr(self, "mrm_head") else regions[:0]]
         read = None if everything else (torch.cat(text_rows), torch.cat(image_rows))
-        text, image = self.encode(batch, read)
+        reports: list[RouterReport] = []
+        text, image = self.encode(batch, read, reports)
 
         if everything:
             first, words = (text.index_select(0, rows) for rows in text_rows)
@@ -166,6 +185,9 @@ class InterBert(nn.Module):
         pooled_image = self.image_pooler(summaries) if len(summaries) else None
         found = {}
 
+        if reports:
+            balance, figures = zip(*reports, strict=True)
+            found |= {"balance": torch.stack(balance), "router_figures": torch.stack(figures)}
         if hasattr(self, "msm_head"):
             table = self.text_embedding.word.weight
             if everything:
@@ -210,32 +232,50 @@ class InterBert(nn.Module):
         return found
 
     def encode(
-        self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None
+        self,
+        batch: PackedBatch,
+        read: tuple[torch.Tensor, torch.Tensor] | None = None,
+        reports: list[RouterReport] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for
-        text-only batches), or only those of the text and image tokens in `read`.
+        text-only batches), or only those of the text and image tokens in `read`. The reports of
+        experts are added to `reports`.
         """
         text_rows, image_rows = read or (None, None)
         text = self.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
         texts = Sequences(batch.text_offsets, batch.max_text)
-        if not len(batch.locations):  # text only: the joint order is the text order
-            text = self.text_stream(self.interaction(text, texts), texts, text_rows)
+        if not len(batch.locations) and not self._waits_for_images:
+            # the joint order is the text order
+            text = self.interaction(text, texts, None, reports)
+            text = self.text_stream(text, texts, text_rows, reports)
             return text, text[:0]
 
         by_kind = torch.cat([batch.image_index, batch.text_index])
         joint = gather_rows(
             torch.cat([self.image_embedding(batch), text]), batch.joint_order, by_kind
         )
-        joint = self.interaction(joint, Sequences(batch.joint_offsets, batch.max_joint))
+        joints = Sequences(batch.joint_offsets, batch.max_joint)
+        joint = self.interaction(joint, joints, None, reports)
 
         image, text = gather_rows(joint, by_kind, batch.joint_order).split(
             [len(batch.image_index), len(batch.text_index)]
         )
-        text = self.text_stream(text, texts, text_rows)
+        text = self.text_stream(text, texts, text_rows, reports)
         images = Sequences(batch.image_offsets, batch.max_image)
-        image = self.image_stream(image, images, image_rows)
+        image = self.image_stream(image, images, image_rows, reports)
+        if not len(batch.locations):
+            # adds 0, so that the backward pass too goes through the experts of the image stream
+            text = text + image.sum()
 
         return text, image
+
+    @property
+    def _waits_for_images(self) -> bool:
+        """Check whether other ranks may wait for this one in the experts of the image stream, even
+        if it has no image.
+        """
+        with_images = hasattr(self, "image_stream") and self.config.has_experts("image")
+        return with_images and self.training
 
     def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:
         """Return the element-wise product or sum of the pooled vectors [B, P]."""

@@ -123,7 +123,7 @@ class PairScorer:
         if not hasattr(model, "itm_head"):
             raise UsageError("these weights have no matching head, which scoring pairs needs")
         self.model = model
-        self.first = next((layer for layer in model.interaction.layers), None)
+        self.first = next(iter(model.interaction.layers), None)
 
     def images(self, batch: PackedBatch, device: torch.device) -> Side:
         """Prepare the images of a batch that is on the host; its texts are ignored."""
@@ -172,13 +172,13 @@ class PairScorer:
         joint = pairs.together(images.hidden, captions.hidden)
         sequences = Sequences(pairs.joint_offsets.int(), pairs.longest)
 
-        for number, layer in enumerate(model.interaction.layers):
+        for number, layer in enumerate(model.interaction.in_order):
             qkv = (
                 pairs.together(images.qkv, captions.qkv)
                 if number == 0
                 else layer.attention.qkv(joint)
             )
-            joint = layer.after_attention(layer.attention.attend(qkv, sequences), joint)
+            joint, _ = layer.after_attention(layer.attention.attend(qkv, sequences), joint)
 
         images_here = Sequences(pairs.image_offsets.int(), pairs.longest_image)
         image = last_layer_of_first(model.image_stream, joint[pairs.image_index], images_here)
@@ -196,9 +196,9 @@ def last_layer_of_first(
     stack: TransformerStack, x: torch.Tensor, sequences: Sequences
 ) -> torch.Tensor:
     """Return the first tokens' states [B, H] after a stack over packed x [N, H]."""
-    *before, last = stack.layers or [None]
+    *before, last = stack.in_order or [None]
     for layer in before:
-        x = layer(x, sequences)
+        x, _ = layer(x, sequences)
 
     first = x.index_select(0, sequences.offsets[:-1])
     if last is None:
@@ -206,7 +206,7 @@ def last_layer_of_first(
 
     attended = _first_token_attention(last.attention, x, first, sequences)
 
-    return last.after_attention(attended, first)
+    return last.after_attention(attended, first)[0]
 
 
 def _first_token_attention(

@@ -1,4 +1,5 @@
-"""Define how each parameter is partitioned over tensor-parallel ranks.
+"""Define how each parameter is partitioned over ranks: experts over those of the expert-parallel
+group, all others over those of the tensor-parallel group.
 
 The norm tags that DeepSpeed reads, converters, initialisation and tests all use this table. Fused
 QKV is head-major, so a plain slice of its rows holds whole heads and needs no kind of its own.
@@ -12,14 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from megatron_interbert.parallel.state import ParallelState
+
 # kind -> dimension that is cut; None: every rank holds the whole parameter
-DIMENSION = {"column": 0, "row": 1, "vocab": 0, "replicated": None}
+DIMENSION = {"column": 0, "row": 1, "vocab": 0, "expert": 0, "replicated": None}
 
 TABLE = [
     (r".*\.attention\.qkv\.(weight|bias)", "column"),
     (r".*\.attention\.output\.weight", "row"),
     (r".*\.mlp\.up\.(weight|bias)", "column"),
     (r".*\.mlp\.down\.weight", "row"),
+    (r".*\.mlp\.experts\.(up|down)\.(weight|bias)", "expert"),
+    (r".*\.mlp\.router\.weight", "replicated"),
     (r".*\.(attention|mlp)_norm\.(linear_bias|weight|bias)", "replicated"),
     (r"text_embedding\.word\.weight", "vocab"),
     (r"msm_head\.bias", "vocab"),
@@ -34,12 +39,26 @@ TABLE = [
 
 
 def partition_kind(name: str) -> str:
-    """Return column, row, vocab or replicated; raises KeyError for a parameter not in the table."""
+    """Return column, row, vocab, expert or replicated; raises KeyError for a parameter that is not
+    in the table.
+    """
     for pattern, kind in TABLE:
         if re.fullmatch(pattern, name):
             return kind
 
     raise KeyError(f"parameter {name} has no row in model/partition.py")
+
+
+def is_expert(name: str) -> bool:
+    """Check whether a parameter belongs to experts, which expert-parallel ranks divide."""
+    return partition_kind(name) == "expert"
+
+
+def place_of(name: str, state: ParallelState) -> tuple[int, int]:
+    """Return (rank, ranks) of this process in the group over which a parameter is partitioned."""
+    if is_expert(name):
+        return state.expert_rank, state.expert_size
+    return state.tensor_rank, state.tensor_size
 
 
 def partition_dimension(name: str) -> int | None:
@@ -56,7 +75,8 @@ def shard(tensor: torch.Tensor, name: str, rank: int, ranks: int) -> torch.Tenso
 def unshard(shards: Sequence[torch.Tensor], name: str) -> torch.Tensor:
     """Return the full parameter from the slices of all ranks, in rank order."""
     dimension = partition_dimension(name)
-    return shards[0] if dimension is None else torch.cat(list(shards), dimension)
+    whole = dimension is None or len(shards) == 1
+    return shards[0] if whole else torch.cat(list(shards), dimension)
 
 
 def full_shape(name: str, shape: Sequence[int], ranks: int) -> list[int]:
@@ -200,10 +220,12 @@ class SliceRun:
 
 
 def mark_shards(model: nn.Module) -> None:
-    """Set the tags by which DeepSpeed distinguishes shards from replicated parameters in norms."""
+    """Set the tags by which DeepSpeed distinguishes shards from replicated parameters in norms;
+    those of experts are set when they are made.
+    """
     for name, parameter in model.named_parameters():
         dimension = partition_dimension(name)
-        if dimension is not None:
+        if dimension is not None and not is_expert(name):
             parameter.tensor_model_parallel = True
             parameter.partition_dim = dimension
 

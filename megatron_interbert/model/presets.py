@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.config.options import nearest
@@ -27,6 +28,33 @@ SMALL = ModelConfig(
     initializer_range=0.1,
 )
 
+
+def m6(
+    interaction: int,
+    stream: int,
+    hidden: int = 1024,
+    heads: int = 16,
+    ffn: int = 4096,
+    experts: int = 0,
+) -> ModelConfig:
+    """Return the sizes of a model of M6's line with `interaction` layers and two streams of
+    `stream` layers.
+    """
+    return ModelConfig(
+        vocab_size=21128,
+        hidden_size=hidden,
+        interaction_layers=interaction,
+        text_layers=stream,
+        image_layers=stream,
+        num_attention_heads=heads,
+        image_attention_heads=heads,
+        ffn_hidden_size=ffn,
+        pooled_size=hidden,
+        text_normalisation="chinese",
+        experts=experts,
+    )
+
+
 PRESETS = {
     "tiny": dataclasses.replace(SMALL, ffn_hidden_size=128, pooled_size=64),  # tests
     # the generated sample corpus: learns in minutes on two cores
@@ -44,20 +72,13 @@ PRESETS = {
         image_attention_heads=16,
         ffn_hidden_size=4096,
     ),
-    # the dense model of M6's line: 50 layers, 10.2 B parameters; their split over the interaction
-    # module and the streams is ours
-    "m6-10b-dense": ModelConfig(
-        vocab_size=21128,
-        hidden_size=4096,
-        interaction_layers=26,
-        text_layers=12,
-        image_layers=12,
-        num_attention_heads=32,
-        image_attention_heads=32,
-        ffn_hidden_size=16384,
-        pooled_size=4096,
-        text_normalisation="chinese",
-    ),
+    # M6's line; how it divides layers over the interaction module and the streams is not known, so
+    # the split is ours
+    "m6-10b-dense": m6(26, 12, hidden=4096, heads=32, ffn=16384),
+    "m6-1.4b": m6(3, 1, experts=32),
+    "m6-10b": m6(4, 3, experts=128),
+    "m6-100b": m6(12, 6, experts=512),
+    "m6-1t": m6(12, 6, experts=960, ffn=21248),
 }
 
 
@@ -72,6 +93,26 @@ def load_model_config(model: str) -> ModelConfig:
         f"--model {model}: no such preset or file{nearest(model, PRESETS)}; presets:"
         f" {', '.join(PRESETS)}"
     )
+
+
+def with_experts(
+    config: ModelConfig, experts: int = 0, prototypes: int = 0, share_layers: bool = False
+) -> ModelConfig:
+    """Return a model with other experts, prototypes or layers, as flags give them; 0 and False
+    leave it as it is. Raises UsageError if they do not fit together.
+    """
+    changes: dict[str, Any] = {}
+    if experts:
+        changes["experts"] = experts
+    if prototypes:
+        changes["prototypes"] = prototypes
+    if share_layers:
+        changes["share_layers"] = True
+
+    try:
+        return dataclasses.replace(config, **changes)
+    except UsageError as error:
+        raise UsageError(f"--experts, --prototypes: {error}") from None
 
 
 def with_usual_data(config: ModelConfig) -> tuple[ModelConfig, str]:

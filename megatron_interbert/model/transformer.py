@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.sequences import Sequences
+from megatron_interbert.model.router import RouterReport, RoutingRule, Tokens, describe_tokens
 from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
@@ -62,7 +63,7 @@ class SelfAttention(nn.Module):
 class Mlp(nn.Module):
     """Apply a GELU MLP without its last bias, which ResidualNorm adds: [N, H] -> [N, H].
 
-    Any module of this signature can take its place in a layer.
+    Experts can take its place in a layer (model/experts.py).
     """
 
     def __init__(self, hidden: int, ffn: int, placement: Placement, kernels: Kernels) -> None:
@@ -72,8 +73,9 @@ class Mlp(nn.Module):
         )
         self.down = RowParallelLinear(ffn, hidden, placement, kernels.products)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down(self.up(x))
+    def forward(self, x: torch.Tensor, tokens: Tokens | None = None) -> tuple[torch.Tensor, None]:
+        """Return the result, and None: there is no routing to report."""
+        return self.down(self.up(x)), None
 
 
 class ResidualNorm(nn.Module):
@@ -115,13 +117,16 @@ class ResidualNorm(nn.Module):
 
 
 class TransformerLayer(nn.Module):
-    """Compute x = norm(x + attention(x)); x = norm(x + mlp(x)) over packed tokens [N, H]."""
+    """Compute x = norm(x + attention(x)); x = norm(x + mlp(x)) over packed tokens [N, H].
+
+    `mlp` is the layer's `Mlp` or `Experts`.
+    """
 
     def __init__(
         self,
         hidden: int,
         heads: int,
-        ffn: int,
+        mlp: nn.Module,
         hidden_dropout: float,
         attention_dropout: float,
         eps: float,
@@ -135,32 +140,45 @@ class TransformerLayer(nn.Module):
             hidden, heads, attention_dropout, placement, kernels, streams
         )
         self.attention_norm = ResidualNorm(hidden, hidden_dropout, eps, placement, kernels, streams)
-        self.mlp = Mlp(hidden, ffn, placement, kernels)
+        self.mlp = mlp
         self.mlp_norm = ResidualNorm(hidden, hidden_dropout, eps, placement, kernels, streams)
 
     def forward(
-        self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
-    ) -> torch.Tensor:
+        self,
+        x: torch.Tensor,
+        sequences: Sequences,
+        rows: torch.Tensor | None = None,
+        tokens: Tokens | None = None,
+    ) -> tuple[torch.Tensor, RouterReport | None]:
         """Run the layer for all tokens [N, H], or only those of `rows` [R] (each at most once),
-        which still attend to their whole sequence: [R, H].
+        which still attend to their whole sequence: [R, H]. `tokens` describes them for experts,
+        whose report comes second.
         """
         attended = self.attention.attend(self.attention.qkv(x), sequences)
         if rows is not None:
             attended = attended.index_select(0, rows)
             x = self.placement.select(x, rows)
 
-        return self.after_attention(attended, x)
+        return self.after_attention(attended, x, tokens)
 
-    def after_attention(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Run the rest of the layer after `attend`: its result [N, H / ranks] and x -> [N, H]."""
+    def after_attention(
+        self, attended: torch.Tensor, x: torch.Tensor, tokens: Tokens | None = None
+    ) -> tuple[torch.Tensor, RouterReport | None]:
+        """Run the rest of the layer after `attend`: its result [N, H / ranks] and x -> [N, H], with
+        the report of experts.
+        """
         x = self.attention_norm(self.attention.output(attended), x)
-        return self.mlp_norm(self.mlp(x), x)
+        y, report = self.mlp(x, tokens)
+
+        return self.mlp_norm(y, x), report
 
 
 class TransformerStack(nn.Module):
-    """Run layers one after another; `recompute` keeps only their inputs for the backward pass.
+    """Run `depth` layers one after another; `recompute` keeps only their inputs for the backward
+    pass.
 
-    Rows are padded to a multiple of `row_multiple` and of the ranks that split them.
+    One layer given for several is used `depth` times. Rows are padded to a multiple of
+    `row_multiple` and of the ranks that split them. `rule` limits and balances the experts.
     """
 
     def __init__(
@@ -170,41 +188,71 @@ class TransformerStack(nn.Module):
         streams: RandomStreams,
         recompute: bool,
         row_multiple: int = 1,
+        depth: int | None = None,
+        rule: RoutingRule | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
+        self.depth = len(layers) if depth is None else depth
+        self.rule = rule or RoutingRule()
         self.multiple = math.lcm(row_multiple, placement.ranks if placement.shared else 1)
         self.placement = placement
         self.streams = streams
         self.recompute = recompute
 
+    @property
+    def in_order(self) -> list[TransformerLayer]:
+        """Return the layers in the order of their use."""
+        return [self.layers[number % len(self.layers)] for number in range(self.depth)]
+
     def forward(
-        self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None = None
+        self,
+        x: torch.Tensor,
+        sequences: Sequences,
+        rows: torch.Tensor | None = None,
+        reports: list[RouterReport] | None = None,
     ) -> torch.Tensor:
         """Run the stack: [N, H] -> [N, H], or [R, H] with `rows` [R], for which alone the last
-        layer is then computed.
+        layer is then computed. The reports of experts are added to `reports`.
         """
-        if rows is not None and not len(self.layers):
+        if rows is not None and not self.depth:
             return x.index_select(0, rows)
 
-        asked = len(x) if rows is None else len(rows)
-        if self.multiple > 1:
+        real = len(x)
+        asked = real if rows is None else len(rows)
+        samples = len(sequences)
+        if self.multiple > 1 or not real:
             x, sequences, rows = self._filled(x, sequences, rows)
+
+        everywhere = torch.arange(len(x), device=x.device)
+        tokens = self._describe(sequences, everywhere, real, samples)
         if self.placement.shared:
             x = self.placement.split(x)
 
-        for number, layer in enumerate(self.layers, 1):
-            inputs = (x, sequences, rows if number == len(self.layers) else None)
-            x = (
+        for number, layer in enumerate(self.in_order, 1):
+            inputs = (x, sequences, None, tokens)
+            if rows is not None and number == self.depth:
+                inputs = (x, sequences, rows, self._describe(sequences, rows, asked, samples))
+
+            x, report = (
                 self.streams.recompute(layer, *inputs)
                 if self.recompute and self.training
                 else layer(*inputs)
             )
+            if reports is not None and report is not None:
+                reports.append(report)
 
         if self.placement.shared:
             x = self.placement.join(x)
 
-        return x[:asked] if self.multiple > 1 else x
+        return x[:asked]
+
+    def _describe(
+        self, sequences: Sequences, rows: torch.Tensor, real: int, samples: int
+    ) -> Tokens:
+        """Describe rows for experts, which limit and balance nothing outside training."""
+        rule = self.rule if self.training else RoutingRule()
+        return describe_tokens(rule, sequences, rows, real, samples)
 
     def _filled(
         self, x: torch.Tensor, sequences: Sequences, rows: torch.Tensor | None

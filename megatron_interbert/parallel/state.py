@@ -1,4 +1,9 @@
-"""Form the data-parallel and tensor-parallel groups; serves as DeepSpeed's `mpu`."""
+"""Form the data-parallel, tensor-parallel and expert-parallel groups; serves as DeepSpeed's `mpu`.
+
+Experts are divided among neighbouring ranks, across data-parallel and tensor-parallel ones: the
+expert-parallel group. Ranks that hold the same experts form the expert-data group, which sums their
+gradients and, with ZeRO, shares their state.
+"""
 
 import copy
 from datetime import timedelta
@@ -6,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.device import this_device as this_device  # part of this interface
@@ -24,7 +30,11 @@ class ParallelState:
     """
 
     def __init__(
-        self, tensor_parallel_size: int = 1, sequence_parallel: bool = False, alone: bool = False
+        self,
+        tensor_parallel_size: int = 1,
+        sequence_parallel: bool = False,
+        alone: bool = False,
+        expert_parallel_size: int = 1,
     ) -> None:
         together = dist.is_initialized() and not alone
         self.node = node_name()
@@ -38,6 +48,12 @@ class ParallelState:
                 f" {self.world_size} processes; start a multiple of it"
             )
 
+        if self.world_size % expert_parallel_size:
+            raise UsageError(
+                f"--expert-parallel-size {expert_parallel_size} does not divide the"
+                f" {self.world_size} processes; start a multiple of it"
+            )
+
         self.tensor_size = tensor_parallel_size
         self.data_size = self.world_size // tensor_parallel_size
         self.tensor_rank = self.rank % tensor_parallel_size
@@ -45,6 +61,13 @@ class ParallelState:
         self.tensor_group: dist.ProcessGroup | None = None
         self.data_group: dist.ProcessGroup | None = None
         self._data_ranks = list(range(self.tensor_rank, self.world_size, tensor_parallel_size))
+
+        self.expert_size = expert_parallel_size
+        self.expert_data_size = self.world_size // expert_parallel_size
+        self.expert_rank = self.rank % expert_parallel_size
+        self.expert_data_rank = self.rank // expert_parallel_size
+        self.expert_group: dist.ProcessGroup | None = None
+        self.expert_data_group: dist.ProcessGroup | None = None
         if together:
             self._make_groups()
 
@@ -66,10 +89,65 @@ class ParallelState:
             if self.rank in ranks:
                 self.data_group = group
 
-    def with_replicated_rows(self) -> "ParallelState":
-        """Return a copy with the same groups, without sequence parallelism."""
+        if self.expert_size > 1:
+            self.make_expert_groups()
+
+    def make_expert_groups(self) -> None:
+        """Form the groups of experts, which a model with experts needs if there are several
+        expert-parallel or tensor-parallel ranks; call it on all ranks.
+        """
+        if self.experts_apart or self.expert_size * self.tensor_size == 1:
+            return
+
+        for first in range(0, self.world_size, self.expert_size):
+            ranks = list(range(first, first + self.expert_size))
+            group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
+            if self.rank in ranks:
+                self.expert_group = group
+
+        for first in range(self.expert_size):
+            ranks = list(range(first, self.world_size, self.expert_size))
+            group = dist.new_group(ranks, timeout=COLLECTIVE_TIMEOUT)
+            if self.rank in ranks:
+                self.expert_data_group = group
+
+    @property
+    def experts_apart(self) -> bool:
+        """Check whether gradients of experts are summed over other ranks than those of other
+        parameters.
+        """
+        return self.expert_data_group is not None
+
+    @property
+    def expert_group_name(self) -> str:
+        """Return DeepSpeed's name of the groups of experts."""
+        return f"ep_size_{self.expert_size}"
+
+    def expert_parameter(self, *shape: int) -> nn.Parameter:
+        """Make a parameter of experts, not filled, with the tags by which DeepSpeed sums and
+        partitions it over the expert-data group (0.19).
+        """
+        parameter = nn.Parameter(torch.empty(*shape))
+        if self.experts_apart:
+            parameter.allreduce = False
+            parameter.group_name = self.expert_group_name
+            parameter.tensor_model_parallel = True  # each rank's share counts in the norm
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = self.expert_group_name
+            parameter.ds_zero_partition_process_group = self.expert_data_group
+
+        return parameter
+
+    def for_evaluation(self) -> "ParallelState":
+        """Return a copy with the same data-parallel and tensor-parallel groups, without sequence
+        parallelism, in which each rank holds all experts.
+        """
         state = copy.copy(self)
         state.placement = Placement(self.tensor_group)
+        state.expert_rank = 0
+        state.expert_size = 1
+        state.expert_group = state.expert_data_group = None
+
         return state
 
     @property

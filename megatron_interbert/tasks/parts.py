@@ -16,7 +16,7 @@ from megatron_interbert.data.manifest import MANIFEST, VOCABULARY
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
-from megatron_interbert.model.presets import fit_to_data, load_model_config
+from megatron_interbert.model.presets import fit_to_data, load_model_config, with_experts
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
@@ -94,16 +94,20 @@ def fit_length(config: Flags, sizes: ModelConfig, name: str = "max_tokens") -> N
 
 def sizes_of_model(config: TrainConfig) -> ModelConfig:
     """Return the model sizes that --model names; without it those of --init-from if it records
-    them, else `base`.
+    them, else `base`; with the experts that flags give.
     """
-    if (
+    recorded = (
         not config.model
         and config.init_from
         and recognise(config.init_from) in ("checkpoint", "huggingface")
-    ):
-        return open_weights(config.init_from).config
+    )
+    sizes = (
+        open_weights(config.init_from).config
+        if recorded
+        else load_model_config(config.model or "base")
+    )
 
-    return load_model_config(config.model or "base")
+    return with_experts(sizes, config.experts, config.prototypes, config.share_layers)
 
 
 def fitted_sizes(

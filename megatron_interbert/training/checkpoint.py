@@ -34,7 +34,7 @@ from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.files import file_entry, readable_size, write_bytes
 from megatron_interbert.machines.host import free_memory
-from megatron_interbert.model.partition import full_shape
+from megatron_interbert.model.partition import full_shape, place_of
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import COLLECTIVE_TIMEOUT, ParallelState
 from megatron_interbert.training.engine import Engine
@@ -301,9 +301,8 @@ class Checkpoints:
 
     def _manifest(self, training_state: FragmentedState, progress: Progress) -> dict[str, Any]:
         engine = training_state.engine
-        ranks = self.state.tensor_size
         shapes = {
-            n: full_shape(n, getattr(p, "ds_shape", p.shape), ranks)
+            n: full_shape(n, getattr(p, "ds_shape", p.shape), place_of(n, self.state)[1])
             for n, p in engine.model.named_parameters()
         }
         return {
@@ -534,14 +533,19 @@ def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:
     return {
         "data_parallel": state.data_size,
         "tensor_parallel": state.tensor_size,
+        "expert_parallel": state.expert_size,
         "zero_stage": config.zero_stage,
     }
 
 
 def describe(layout: dict[str, int]) -> str:
-    """Format a topology for people, e.g. `DP2 x TP1, ZeRO-1`."""
+    """Format a topology for people, e.g. `DP2 x TP1, ZeRO-1`; with experts `DP2 x TP1, EP2, ..`."""
+    experts = layout.get("expert_parallel", 1)  # checkpoints of earlier versions lack it
+    divided = f", EP{experts}" if experts > 1 else ""
+
     return (
-        f"DP{layout['data_parallel']} x TP{layout['tensor_parallel']}, ZeRO-{layout['zero_stage']}"
+        f"DP{layout['data_parallel']} x TP{layout['tensor_parallel']}{divided},"
+        f" ZeRO-{layout['zero_stage']}"
     )
 
 

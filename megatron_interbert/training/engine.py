@@ -18,6 +18,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import BUCKET, SUB_GROUP, update_size
 from megatron_interbert.training.deepspeed_config import blocks_on_disk, merge, zero_settings
 from megatron_interbert.training.ema import AveragedWeights
+from megatron_interbert.training.expert_hooks import announce_experts, has_expert_tags
 from megatron_interbert.training.optimizer import (
     elements,
     parameter_groups,
@@ -43,7 +44,7 @@ def engine_settings(config: TrainConfig, state: ParallelState, model: nn.Module)
     if config.zero_stage == 3:
         zero.setdefault("sub_group_size", SUB_GROUP)
     if on_disk := blocks_on_disk(settings).get("offload_param"):
-        largest = max(partition_size(p, state.data_size) for p in model.parameters())
+        largest = max(partition_size(p, state) for p in model.parameters())
         on_disk.setdefault("buffer_size", largest)
         check_disk_buffers(config, settings, largest)
         zero["stage3_max_reuse_distance"] = 0
@@ -71,8 +72,9 @@ def updated_at_once(model: nn.Module, config: TrainConfig, state: ParallelState)
     return update_size(parameters, state.data_size)
 
 
-def partition_size(parameter: nn.Parameter, ranks: int) -> int:
-    """Return the elements of a parameter that one of `ranks` keeps at ZeRO stage 3."""
+def partition_size(parameter: nn.Parameter, state: ParallelState) -> int:
+    """Return the elements of a parameter that a rank keeps at ZeRO stage 3."""
+    ranks = state.expert_data_size if has_expert_tags(parameter) else state.data_size
     return math.ceil(elements([parameter]) / ranks)
 
 
@@ -143,6 +145,7 @@ class Engine:
         self.update = choose_update(model, groups, config, state, self.deepspeed_config)
         device = next(model.parameters()).device
         import_muon_uncompiled()
+        announce_experts(model, state)
         self.deepspeed, *_ = deepspeed.initialize(
             # Otherwise it takes LOCAL_RANK for the GPU's number, which is 0 if a process sees only
             # one GPU.

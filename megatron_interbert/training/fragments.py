@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.model.initialise import PART
-from megatron_interbert.model.partition import SliceRun
+from megatron_interbert.model.partition import SliceRun, full_shape, is_expert, place_of
 from megatron_interbert.training.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -32,10 +32,10 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Outline:
-    """Describe a run of `length` elements of one flattened parameter.
+    """Describe a run of `length` elements of one flattened parameter, as files do.
 
-    `start` is its first element, `shape` that of the whole parameter (this tensor-parallel rank's
-    slice).
+    `start` is its first element, `shape` that of the whole: this tensor-parallel rank's slice, or
+    all experts.
     """
 
     name: str
@@ -169,12 +169,25 @@ class FragmentedState:
 
         for _, runs in self._lines():
             for parameter, shape, start, _, length in runs:
-                first, last = self._own_range(length)
+                name = self.names[id(parameter)]
+                first, last = self._own_range(name, length)
                 if first < last:
-                    name = self.names[id(parameter)]
-                    found.append(Outline(name, start + first, tuple(shape), last - first))
+                    start, shape = self._among_all(name, start + first, shape)
+                    found.append(Outline(name, start, shape, last - first))
 
         return found
+
+    def _among_all(
+        self, name: str, start: int, shape: Sequence[int]
+    ) -> tuple[int, tuple[int, ...]]:
+        """Return the place of an element of this rank's slice, and its shape, as files have them:
+        for experts in all of them, whose slices follow one another.
+        """
+        if not is_expert(name):
+            return start, tuple(shape)
+
+        rank, ranks = place_of(name, self.state)
+        return rank * math.prod(shape) + start, tuple(full_shape(name, shape, ranks))
 
     @property
     def on_disk(self) -> bool:
@@ -183,19 +196,26 @@ class FragmentedState:
 
     def _own_part(self, fragment: Fragment) -> Fragment:
         """Return the part of a fragment that no other rank has."""
-        return fragment.part(*self._own_range(fragment.length))
+        return fragment.part(*self._own_range(fragment.name, fragment.length))
 
-    def _own_range(self, length: int) -> tuple[int, int]:
+    def _own_range(self, name: str, length: int) -> tuple[int, int]:
         """Return (first, last + 1) of the elements of a fragment that no other rank has: at stage 0
         all ranks hold all.
         """
         if self.stage:
             return 0, length
 
-        share = -(-length // self.state.data_size)
-        first, last = (min(share * (self.state.data_rank + i), length) for i in (0, 1))
+        rank, ranks = self._sharing(name)
+        share = -(-length // ranks)
+        first, last = (min(share * (rank + i), length) for i in (0, 1))
 
         return first, last
+
+    def _sharing(self, name: str) -> tuple[int, int]:
+        """Return (rank, ranks) in the group that divides the state of a parameter."""
+        if is_expert(name):
+            return self.state.expert_data_rank, self.state.expert_data_size
+        return self.state.data_rank, self.state.data_size
 
     def _lines(
         self,
@@ -220,7 +240,7 @@ class FragmentedState:
 
                 for p in group:
                     size = p.partition_numel()
-                    start = size * self.state.data_rank
+                    start = size * self._sharing(self.names[id(p)])[0]
                     runs.append(
                         (p, p.ds_shape, start, offset, max(0, min(size, p.ds_numel - start)))
                     )
@@ -265,7 +285,7 @@ class FragmentedState:
                 self._read_into(fragment, source)
 
     def _read_into(self, fragment: Fragment, source: Source) -> None:
-        place = (self.state.tensor_rank, self.state.tensor_size)
+        place = place_of(fragment.name, self.state)
         run = SliceRun(fragment.name, fragment.shape, *place, fragment.start, fragment.length)
 
         for part in run.split(PART):
@@ -295,25 +315,49 @@ class FragmentedState:
     @torch.no_grad()
     def copy_into(self, model: nn.Module, kind: str = "weight") -> None:
         """Copy the weights (`kind` "weight") or their average ("ema") from all ranks into a model
-        that every data-parallel rank holds whole (its tensor-parallel slice).
+        that every data-parallel rank holds whole: its tensor-parallel slice, and all experts.
         """
         targets = dict(model.named_parameters())
 
         for fragment in map(self._own_part, self._fragments([kind])):
             target = targets[fragment.name]
-            whole = torch.zeros(target.numel(), dtype=torch.float32, device=target.device)
-            own = fragment.tensors[kind]
-            whole[fragment.start : fragment.start + len(own)] = own
-            target.copy_(self.state.sum_over_data(whole).view_as(target))
+            target.copy_(self._whole(fragment, kind, target.device).view_as(target))
+
+    def _whole(self, fragment: Fragment, kind: str, device: torch.device) -> torch.Tensor:
+        """Return a tensor of a parameter, flat, from the parts that no two ranks have; all experts
+        of experts'.
+        """
+        start, shape = self._among_all(fragment.name, fragment.start, fragment.shape)
+        own = fragment.tensors[kind]
+        whole = torch.zeros(math.prod(shape), dtype=torch.float32, device=device)
+        whole[start : start + len(own)] = own
+
+        self.state.sum_over_data(whole)
+        if self._is_divided_in_another_way(fragment.name):
+            self.state.sum_over_tensor(whole)
+
+        return whole
+
+    def _is_divided_in_another_way(self, name: str) -> bool:
+        """Check whether a parameter is not divided among the data-parallel ranks alone."""
+        return is_expert(name) and self.state.experts_apart
 
     @torch.no_grad()
     def copy_parts(self, parts: dict[str, torch.Tensor], kind: str = "weight") -> None:
         """Copy the weights or their average into equal parts of the parameters, flat, of
-        ceil(elements / ranks) elements: those that this rank keeps at stage 3.
+        ceil(elements / ranks) elements: those that this rank keeps at stage 3, but for experts that
+        are divided in another way.
         """
-        for fragment in self.held([kind]):
+        for fragment in self._fragments([kind]):
             part = parts[fragment.name]
-            if fragment.start != len(part) * self.state.data_rank:
+            if self._is_divided_in_another_way(fragment.name):
+                whole = self._whole(fragment, kind, part.device)
+                first = len(part) * self.state.data_rank
+                own = whole[first : first + len(part)]
+                part[: len(own)] = own
+                continue
+
+            if fragment.length and fragment.start != len(part) * self.state.data_rank:
                 raise RuntimeError(f"{fragment.name}: DeepSpeed divides it in another way")
             part[: fragment.length] = fragment.tensors[kind]
 

@@ -22,6 +22,7 @@ from megatron_interbert.training.fragments import FragmentedState
 from megatron_interbert.training.metrics import MetricsWriter, memory_gib
 from megatron_interbert.training.optimizer import learning_rate
 from megatron_interbert.training.peaks import peak_tflops
+from megatron_interbert.training.routing_health import RoutingHealth
 from megatron_interbert.training.run import Run
 
 SECONDS_TO_VERIFY = 10.0  # that a run waits at its end for hashing to finish
@@ -57,6 +58,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.progress = progress
 
+        self.routing = RoutingHealth(self.config, job.model_config, self.state)
         self.peak = peak_tflops(self.device, self.config.peak_tflops)
         self.bad_steps = 0
         self.save_is_owed = False  # a save was due while steps were bad
@@ -254,7 +256,9 @@ class Trainer:
         self.streams.start_step(step)
 
         for number, batch in enumerate(micro_batches):
-            loss, report = self.task.loss(self.engine.forward(batch), batch, totals)
+            output = self.engine.forward(batch)
+            loss, report = self.task.loss(output, batch, totals)
+            loss = loss + self.routing.loss(output)
             self.engine.backward(loss, last=number == len(micro_batches) - 1)
             self.report += report
 
@@ -324,6 +328,7 @@ class Trainer:
         flops_per_second = float(work[0]) / seconds / self.state.world_size
         values = {
             **self.task.metrics(report, self.steps_in_window),
+            **self.routing.metrics(self.steps_in_window),
             "learning_rate": self.rate,
             "grad_norm": self.grad_norm,
             "loss_scale": self.engine.loss_scale(),
@@ -338,11 +343,14 @@ class Trainer:
         if self.peak:
             values["mfu"] = flops_per_second / 1e12 / self.peak
 
-        self.writer.write(self.progress.step, values, self.task.line(values))
+        self.writer.write(
+            self.progress.step, values, self.task.line(values) + self.routing.line(values)
+        )
         self._start_window()
 
     def _start_window(self) -> None:
         self.report = torch.zeros(self.task.report_shape, device=self.device)
+        self.routing.start_window()
         self.flops = 0.0
         self.tokens = 0
         self.data_wait = 0.0

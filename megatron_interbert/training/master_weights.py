@@ -1,11 +1,9 @@
 """Keep the fp32 weights that Adam updates, for a model that computes in 16 bits; not sharded."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import nn
 
-from megatron_interbert.training.optimizer import is_sharded
+from megatron_interbert.training.optimizer import Held, held_as
 
 
 class MasterWeights:
@@ -17,8 +15,8 @@ class MasterWeights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        # Replicated parameters first: the gradient norm treats these and shards separately.
-        self.followers = sorted(model.parameters(), key=is_sharded)
+        # by kind, because the gradient norm treats each kind in another way
+        self.followers = sorted(model.parameters(), key=held_as)
         self.twins = [nn.Parameter(follower.detach().float()) for follower in self.followers]
 
         for follower in self.followers:
@@ -28,7 +26,10 @@ class MasterWeights:
         self._line = torch.empty(sum(sizes), dtype=torch.float32, device=self.twins[0].device)
         pieces = zip(self._line.split(sizes), self.twins, strict=True)
         self._gradients = [piece.view(twin.shape) for piece, twin in pieces]
-        self._replicated = sum(p.numel() for p in self.followers if not is_sharded(p))
+        kinds = [held_as(follower) for follower in self.followers]
+        self._sizes = [
+            sum(size for size, of in zip(sizes, kinds, strict=True) if of == kind) for kind in Held
+        ]
         self.drop_gradients()
 
     def pairs(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
@@ -55,9 +56,9 @@ class MasterWeights:
         for twin, gradient in zip(self.twins, self._gradients, strict=True):
             twin.grad = gradient
 
-    def gradients(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
-        """Return the gradients held here, flattened: (of replicated parameters, of shards)."""
-        return [self._line[: self._replicated]], [self._line[self._replicated :]]
+    def gradients(self) -> list[list[torch.Tensor]]:
+        """Return the gradients held here of each kind of `Held`, flattened."""
+        return [[part] if len(part) else [] for part in self._line.split(self._sizes)]
 
     def drop_gradients(self) -> None:
         """Drop the gradients and free their memory."""

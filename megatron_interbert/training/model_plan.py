@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.training import RunConfig, TrainConfig
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.construction import give_memory, on_meta
 from megatron_interbert.model.initialise import FirstWeights, initialise
 from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.router import RoutingRule
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
@@ -32,6 +34,7 @@ class ModelPlan:
     kernels: Kernels
     seed: int
     recompute: bool
+    rule: RoutingRule
 
     def make(self, streams: RandomStreams | None = None) -> InterBert:
         """Build the model to train; see model/construction.py for its memory."""
@@ -42,6 +45,7 @@ class ModelPlan:
             kernels=self.kernels,
             streams=streams,
             recompute=self.recompute,
+            rule=self.rule,
             **self.job.model_options,
         )
 
@@ -71,10 +75,10 @@ class ModelPlan:
         return replace(self, job=job)
 
     def for_evaluation(self) -> InterBert:
-        """Build a model to copy weights into, without memory yet and with whole rows: evaluations
-        call single layers.
+        """Build a model to copy weights into, without memory yet, with whole rows and all experts:
+        evaluations call single layers, and not all ranks as often.
         """
-        state = self.state.with_replicated_rows()
+        state = self.state.for_evaluation()
         return replace(self, state=state, recompute=False).without_memory()
 
     @property
@@ -89,7 +93,11 @@ def plan_model(
     """Choose the kernels of a run's model; UsageError if sizes, ranks and precision do not fit."""
     sizes = job.model_config
     sizes.check_tensor_parallel(state.tensor_size)
+    sizes.check_expert_parallel(state.expert_size)
     config.check_float8(sizes)
+    rule = routing_rule(config, sizes, state)
+    if sizes.experts:
+        state.make_expert_groups()
 
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
     kernels = choose_kernels(
@@ -102,7 +110,23 @@ def plan_model(
         working_dtype(config),
     )
 
-    return ModelPlan(job, state, kernels, config.seed, config.recompute_activations)
+    return ModelPlan(job, state, kernels, config.seed, config.recompute_activations, rule)
+
+
+def routing_rule(config: TrainConfig, sizes: ModelConfig, state: ParallelState) -> RoutingRule:
+    """Return what limits and balances the load of experts; only pretraining has flags for that.
+
+    Raises UsageError if micro-batches would not hold whole routing groups.
+    """
+    if not isinstance(config, RunConfig):
+        return RoutingRule()
+
+    config.check_routing(sizes)
+    partitions = config.data_partitions // state.data_size
+
+    return RoutingRule(
+        config.capacity_factor, config.balance_coefficient > 0, config.routing_group, partitions
+    )
 
 
 def working_dtype(config: TrainConfig) -> torch.dtype:

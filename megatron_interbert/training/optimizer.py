@@ -4,12 +4,14 @@ norm where DeepSpeed computes none.
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from enum import IntEnum
 
 import torch
 from torch import nn
 
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.training.expert_hooks import has_expert_tags
 
 # Squares summed in float32; their sums are added in float64. Summing 20 M of them in float32 on a
 # CPU gives an error of 1 in 1,000.
@@ -22,20 +24,22 @@ def parameter_groups(
     pretrained: Collection[str] = (),
     most: int = 1 << 62,
 ) -> list[dict]:
-    """Group a model's parameters by weight decay (matrices only, not biases and LayerNorm) and by
-    learning rate (that of `pretrained` names is scaled by --pretrained-lr-scale).
+    """Group a model's parameters by weight decay (matrices only, not biases and LayerNorm), by
+    learning rate (that of `pretrained` names is scaled by --pretrained-lr-scale), and by whether
+    they are experts', which DeepSpeed takes from groups of their own.
 
     A group that reaches `most` elements is followed by another: ZeRO converts the gradients of one
     group at a time.
     """
     groups: list[dict] = []
-    open_groups: dict[tuple[bool, bool], dict] = {}
+    open_groups: dict[tuple[bool, bool, bool], dict] = {}
 
     for name, parameter in model.named_parameters():
         shape = getattr(parameter, "ds_shape", parameter.shape)
-        decays = len(shape) > 1
+        decays = len(shape) > 1 and not name.endswith("bias")  # experts' biases are matrices
         slow = name in pretrained and config.pretrained_lr_scale != 1.0
-        group = open_groups.get((decays, slow))
+        kind = (decays, slow, has_expert_tags(parameter))
+        group = open_groups.get(kind)
 
         if group is None or elements(group["params"]) >= most:
             group = {
@@ -44,7 +48,9 @@ def parameter_groups(
                 "lr": config.lr,
                 "lr_scale": config.pretrained_lr_scale if slow else 1.0,
             }
-            open_groups[decays, slow] = group
+            if has_expert_tags(parameter):
+                group |= {"moe": True, "name": parameter.group_name}
+            open_groups[kind] = group
             groups.append(group)
 
         group["params"].append(parameter)
@@ -96,33 +102,45 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
-def is_sharded(parameter: nn.Parameter) -> bool:
-    """Check whether tensor-parallel ranks hold different parts of a parameter."""
-    return bool(getattr(parameter, "tensor_model_parallel", False))
+class Held(IntEnum):
+    """Tell which ranks hold the same part of a parameter."""
+
+    REPLICATED = 0  # all tensor-parallel ranks
+    SHARDED = 1  # none of them
+    EXPERT = 2  # those of the expert-data group
+
+
+def held_as(parameter: nn.Parameter) -> Held:
+    """Return which ranks hold the same part of a parameter."""
+    if has_expert_tags(parameter):
+        return Held.EXPERT
+    return Held.SHARDED if getattr(parameter, "tensor_model_parallel", False) else Held.REPLICATED
 
 
 def gradient_norm(
-    replicated: Sequence[torch.Tensor],
-    sharded: Sequence[torch.Tensor],
+    gradients: Sequence[Sequence[torch.Tensor]],
     state: ParallelState,
     device: torch.device | str,
     partitioned: bool = False,
 ) -> float:
-    """Compute the global gradient norm; inf on every rank if it is not finite on any.
+    """Compute the global gradient norm from this rank's gradients of each kind of `Held`; inf on
+    every rank if it is not finite on any.
 
-    Across tensor-parallel ranks, sharded gradients are summed and replicated ones count once.
-    `partitioned`: data-parallel ranks hold different gradients, else the same. The host
-    synchronises with the device once.
+    Each part counts once, however many ranks hold it. `partitioned`: no two data-parallel ranks
+    hold the same part of a gradient. The host synchronises with the device once.
     """
-    squares = torch.stack([_square_sum(tensors, device) for tensors in (replicated, sharded)])
+    squares = torch.stack([_square_sum(tensors, device) for tensors in gradients])
 
     if partitioned:
         state.sum_over_data(squares)
+    elif state.experts_apart:
+        squares[Held.EXPERT] /= state.expert_data_size
+        state.sum_over_data(squares[Held.EXPERT])
 
     # Replicated gradients are the same on all tensor-parallel ranks, so their mean is their value,
     # and it is not finite if any of them is not.
-    replicas, shards = state.sum_over_tensor(squares)
-    total = float(replicas / state.tensor_size + shards)
+    squares[Held.REPLICATED] /= state.tensor_size
+    total = float(state.sum_over_tensor(squares).sum())
 
     return math.sqrt(total) if math.isfinite(total) else math.inf
 

@@ -43,7 +43,11 @@ def meet(config: TrainConfig) -> Run:
         same_bits_every_time()
 
     device = start_processes()
-    state = ParallelState(config.tensor_model_parallel_size, config.sequence_parallel)
+    state = ParallelState(
+        config.tensor_model_parallel_size,
+        config.sequence_parallel,
+        expert_parallel_size=config.expert_parallel_size,
+    )
 
     if config.print_launch:
         text = describe_launch(read_launch(), state, device)

@@ -1,6 +1,7 @@
 """Build a Trainer from a configuration: ranks, data, settings, model, checkpoint."""
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.training import RunConfig, TrainConfig
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.order import check_partitions
@@ -17,6 +19,7 @@ from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.machines.host import give_back_memory
 from megatron_interbert.model.initialise import FirstWeights
+from megatron_interbert.model.partition import full_shape, place_of
 from megatron_interbert.parallel.agreement import together
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import is_there
@@ -63,6 +66,8 @@ def prepare(config: TrainConfig, make_job: MakeJob = pretraining_job) -> Trainer
     job, start = open_data(run, make_job)
     plan = plan_model(config, job, run.state, run.device)
     settle(run, job, plan, start.resume)
+    if isinstance(config, RunConfig):
+        config.check_routing_groups()
     check_memory(Trial(config, job, run.state, run.device, plan.kernels))
     # before the model exists: loader processes are forks, which would keep its memory alive
     stream = open_stream(run, job, start.resume)
@@ -216,17 +221,18 @@ def describe_run(
     if config.sequence_parallel and not shared:
         shared = " (--sequence-parallel has nothing to share)"
 
+    divided = f", EP{state.expert_size}" if sizes.experts else ""
     ranks = f"{state.world_size} rank{'s' * (state.world_size > 1)}"
 
     return [
         (
             f"model {name}: {count_parameters(engine, state) / 1e6:.1f} M parameters, hidden"
             f" {sizes.hidden_size}, layers {sizes.interaction_layers} + {sizes.text_layers} +"
-            f" {sizes.image_layers}, vocabulary {sizes.vocab_size}, features {sizes.feature_dim},"
-            f" classes {sizes.num_classes}"
+            f" {sizes.image_layers}{described_experts(sizes)}, vocabulary {sizes.vocab_size},"
+            f" features {sizes.feature_dim}, classes {sizes.num_classes}"
         ),
         (
-            f"layout: DP{state.data_size} x TP{state.tensor_size}{shared}"
+            f"layout: DP{state.data_size} x TP{state.tensor_size}{shared}{divided}"
             f" ({ranks}, {dist.get_backend()}), ZeRO-{config.zero_stage}"
             f"{described_offload(engine.deepspeed_config)}, {engine.precision}"
         ),
@@ -242,8 +248,20 @@ def describe_run(
 def count_parameters(engine: Engine, state: ParallelState) -> int:
     """Count the parameters of the whole model, over all its shards."""
     total = 0
-    for parameter in engine.model.parameters():
-        shards = state.tensor_size if hasattr(parameter, "tensor_model_parallel") else 1
-        total += getattr(parameter, "ds_numel", parameter.numel()) * shards
+    for name, parameter in engine.model.named_parameters():
+        shape = getattr(parameter, "ds_shape", parameter.shape)
+        total += math.prod(full_shape(name, shape, place_of(name, state)[1]))
 
     return total
+
+
+def described_experts(sizes: ModelConfig) -> str:
+    """Return the experts of a model and how its layers are shared, as an addition to a line."""
+    said = ""
+    if sizes.experts:
+        prototypes = f" in {sizes.prototypes} prototypes" if sizes.prototypes > 1 else ""
+        said = f" of {sizes.experts} experts{prototypes} ({sizes.expert_stacks})"
+    if sizes.share_layers:
+        said += ", shared within each stack"
+
+    return said

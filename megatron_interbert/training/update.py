@@ -15,6 +15,7 @@ import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
@@ -22,7 +23,7 @@ from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.deepspeed_config import offloads
 from megatron_interbert.training.master_weights import MasterWeights
-from megatron_interbert.training.optimizer import build_optimizer, gradient_norm, is_sharded
+from megatron_interbert.training.optimizer import Held, build_optimizer, gradient_norm, held_as
 from megatron_interbert.training.swap import check_swap_files
 
 
@@ -90,7 +91,7 @@ class PartitionedUpdate(DeepSpeedUpdate):
 
     def step(self) -> tuple[float, bool]:
         gradients = self._gradients()
-        norm = gradient_norm(*gradients, self.state, self.engine.device, partitioned=True)
+        norm = gradient_norm(gradients, self.state, self.engine.device, partitioned=True)
 
         if math.isfinite(norm):
             self.clip(norm)
@@ -100,19 +101,19 @@ class PartitionedUpdate(DeepSpeedUpdate):
 
         return norm, self.engine.was_step_applied()
 
-    def _gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return this rank's part of the gradients: (of replicated parameters, of shards)."""
+    def _gradients(self) -> list[list[torch.Tensor]]:
+        """Return this rank's part of the gradients of each kind of `Held`."""
         zero = self.engine.optimizer
-        kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        found: list[list[torch.Tensor]] = [[] for _ in Held]
 
         for number, parameters in enumerate(zero.params_in_partition):
             gradients = zero.averaged_gradients[number]
             # Zeros that pad a part to the size of the others belong to no parameter.
             real = [g for g in gradients if not getattr(g, "_zero_padding", False)]
             for gradient, parameter in zip(real, parameters, strict=False):
-                kinds[is_sharded(parameter)].append(gradient)
+                found[held_as(parameter)].append(gradient)
 
-        return kinds[False], kinds[True]
+        return found
 
     def _discard(self) -> None:
         """Have DeepSpeed skip the step and drop its gradients."""
@@ -180,7 +181,9 @@ class WholeUpdate(DeepSpeedUpdate):
 
     def step(self) -> tuple[float, bool]:
         """Update the weights and the model; a non-finite norm leaves both unchanged."""
-        norm = gradient_norm(*self._gradients(), self.state, self.engine.device)
+        gradients = self._gradients()
+        self._sum_experts(gradients[Held.EXPERT])
+        norm = gradient_norm(gradients, self.state, self.engine.device)
         finite = math.isfinite(norm)
 
         if finite:
@@ -196,18 +199,27 @@ class WholeUpdate(DeepSpeedUpdate):
 
         return norm, finite
 
-    def _gradients(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Return the gradients (of replicated parameters, of shards)."""
+    def _sum_experts(self, gradients: list[torch.Tensor]) -> None:
+        """Sum the gradients of experts over the ranks that hold the same ones, if DeepSpeed sums
+        nothing: tensor-parallel ranks send them different rows.
+        """
+        if self.engine.enable_backward_allreduce or self.state.expert_data_size == 1:
+            return
+        for gradient in gradients:
+            dist.all_reduce(gradient, group=self.state.expert_data_group)
+
+    def _gradients(self) -> list[list[torch.Tensor]]:
+        """Return the gradients of each kind of `Held`."""
         if self.masters is not None:
             return self.masters.gradients()
 
-        kinds: dict[bool, list[torch.Tensor]] = {False: [], True: []}
+        found: list[list[torch.Tensor]] = [[] for _ in Held]
         for parameter in self.model.parameters():
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-            kinds[is_sharded(parameter)].append(parameter.grad)
+            found[held_as(parameter)].append(parameter.grad)
 
-        return kinds[False], kinds[True]
+        return found
 
 
 def choose_update(

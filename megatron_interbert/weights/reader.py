@@ -2,12 +2,13 @@
 time.
 
 A rank's file holds, for each parameter, one run of the flattened tensor-parallel slice; the file's
-metadata gives its start and the slice's shape. That is all it takes to read them for another
-layout: no conversion is needed.
+metadata gives its start and the slice's shape. Experts are not sliced: the run is one of all
+experts, and every rank's file may hold some. That is all it takes to read them for another layout:
+no conversion is needed.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,14 @@ import torch
 
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.errors import UsageError
-from megatron_interbert.model.partition import SliceRun, in_slices, joined, unshard
+from megatron_interbert.model.partition import SliceRun, in_slices, is_expert, joined, unshard
 from megatron_interbert.weights.manifest import read_manifest, weights_name
 from megatron_interbert.weights.tensor_files import TensorFile, TensorLayout
 
 # kind of tensor -> file
 KINDS = {"weight": "weights", "exp_avg": "optimizer", "exp_avg_sq": "optimizer", "ema": "ema"}
 PIECES = "pieces"
+ALL = None  # tensor-parallel ranks, in place of the number of one
 
 
 def holds(manifest: Mapping[str, Any], kind: str) -> bool:
@@ -56,6 +58,10 @@ class Piece:
     length: int
 
 
+# key -> (shape of the slice, or of all experts; its pieces in order of start)
+Index = dict[str, tuple[tuple[int, ...], list[Piece]]]
+
+
 class CheckpointReader:
     """Read tensors of one checkpoint folder (from training, or exported weights).
 
@@ -70,7 +76,7 @@ class CheckpointReader:
         self.shapes: dict[str, tuple[int, ...]] = {
             n: tuple(s) for n, s in self.manifest["parameters"].items()
         }
-        self._index: dict[tuple[str, int], dict[str, tuple[tuple[int, ...], list[Piece]]]] = {}
+        self._index: dict[tuple[str, int | None], Index] = {}
 
     @cached_property
     def config(self) -> ModelConfig:
@@ -88,12 +94,12 @@ class CheckpointReader:
 
     def layout(self, name: str) -> TensorLayout:
         """Return the dtype and full shape of a parameter."""
-        piece = self._pieces("weight", 0, name)[1][0]
+        piece = self._pieces("weight", self._ranks_of(name)[0], name)[1][0]
         return TensorLayout(piece.file.layout(piece.key).dtype, self.shapes[name])
 
     def get(self, name: str, kind: str = "weight") -> torch.Tensor:
         """Return the full tensor, joined from all ranks."""
-        return unshard([self._slice(name, kind, rank) for rank in range(self.tensor_size)], name)
+        return unshard([self._slice(name, kind, rank) for rank in self._ranks_of(name)], name)
 
     def read(self, kind: str, run: SliceRun) -> torch.Tensor:
         """Return a run of a rank's slice in any layout; only that run is read from the disk.
@@ -111,21 +117,28 @@ class CheckpointReader:
                 f" has {run.full_shape}; give the --model it was made with"
             )
 
-        if run.ranks == self.tensor_size:
+        if run.ranks == self.tensor_size and not is_expert(name):
             return self._run(name, kind, run.rank, run.start, run.length)
 
         return run.gather(lambda start, length: self.read_full(name, kind, start, length))
 
     def read_full(self, name: str, kind: str, start: int, length: int) -> torch.Tensor:
         """Return elements [start, start + length) of the flattened whole parameter."""
+        if is_expert(name):
+            return self._run(name, kind, ALL, start, length)
+
         parts = in_slices(name, self.shapes[name], self.tensor_size, start, length)
         return joined([self._run(name, kind, *part) for part in parts])
 
-    def _slice(self, name: str, kind: str, rank: int) -> torch.Tensor:
+    def _ranks_of(self, name: str) -> Sequence[int | None]:
+        """Return the tensor-parallel ranks whose slices make up a parameter."""
+        return [ALL] if is_expert(name) else range(self.tensor_size)
+
+    def _slice(self, name: str, kind: str, rank: int | None) -> torch.Tensor:
         shape = self._pieces(kind, rank, name)[0]
         return self._run(name, kind, rank, 0, torch.Size(shape).numel()).view(shape)
 
-    def _run(self, name: str, kind: str, rank: int, start: int, length: int) -> torch.Tensor:
+    def _run(self, name: str, kind: str, rank: int | None, start: int, length: int) -> torch.Tensor:
         """Return a run of a slice in the layout of the checkpoint; UsageError if part of it is
         missing.
         """
@@ -143,13 +156,14 @@ class CheckpointReader:
 
         if reached != start + length:
             raise UsageError(
-                f"{self.path}: {piece_key(name, kind)} is incomplete in the files of tensor rank"
-                f" {rank}"
+                f"{self.path}: {piece_key(name, kind)} is incomplete in the files of {of(rank)}"
             )
 
         return joined(parts)
 
-    def _pieces(self, kind: str, rank: int, name: str) -> tuple[tuple[int, ...], list[Piece]]:
+    def _pieces(
+        self, kind: str, rank: int | None, name: str
+    ) -> tuple[tuple[int, ...], list[Piece]]:
         where = (KINDS[kind], rank)
         if where not in self._index:
             self._index[where] = self._read_index(*where)
@@ -157,19 +171,19 @@ class CheckpointReader:
         pieces = self._index[where].get(piece_key(name, kind))
         if pieces is None:
             raise UsageError(
-                f"{self.path}: {piece_key(name, kind)} is not in the {where[0]} files of tensor"
-                f" rank {rank}"
+                f"{self.path}: {piece_key(name, kind)} is not in the {where[0]} files of {of(rank)}"
             )
 
         return pieces
 
-    def _read_index(
-        self, file_kind: str, rank: int
-    ) -> dict[str, tuple[tuple[int, ...], list[Piece]]]:
-        """Read which pieces of each tensor a tensor-parallel rank's files hold, in order of start:
-        key -> (shape of the slice, pieces).
+    def _read_index(self, file_kind: str, rank: int | None) -> Index:
+        """Read which pieces of each tensor a tensor-parallel rank's files, or those of all, hold,
+        in order of start.
         """
-        index: dict[str, tuple[tuple[int, ...], list[Piece]]] = {}
+        if rank is ALL:
+            return self._joined_index(file_kind)
+
+        index: Index = {}
 
         for data_rank in range(self.data_size):
             file = self.path / weights_name(
@@ -192,3 +206,24 @@ class CheckpointReader:
             pieces.sort(key=lambda piece: piece.start)
 
         return index
+
+    def _joined_index(self, file_kind: str) -> Index:
+        """Join the pieces in all tensor-parallel ranks' files; of use for experts alone."""
+        joined_index: Index = {}
+
+        for rank in range(self.tensor_size):
+            where = (file_kind, rank)
+            if where not in self._index:
+                self._index[where] = self._read_index(*where)
+            for key, (shape, pieces) in self._index[where].items():
+                joined_index.setdefault(key, (shape, []))[1].extend(pieces)
+
+        for _, pieces in joined_index.values():
+            pieces.sort(key=lambda piece: piece.start)
+
+        return joined_index
+
+
+def of(rank: int | None) -> str:
+    """Return the words for a tensor-parallel rank, or all of them, in a message."""
+    return "all ranks" if rank is ALL else f"tensor rank {rank}"

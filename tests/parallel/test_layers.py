@@ -15,7 +15,7 @@ from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.products import PlainProducts
 from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.partition import shard
-from megatron_interbert.model.transformer import TransformerLayer, TransformerStack
+from megatron_interbert.model.transformer import Mlp, TransformerLayer, TransformerStack
 from megatron_interbert.parallel import vocab_loss
 from megatron_interbert.parallel.collectives import copy_to_group
 from megatron_interbert.parallel.layers import (
@@ -78,7 +78,12 @@ def check_shared_rows(state):
 
     def stack(placement, layers=2):
         parts = [
-            TransformerLayer(8, 4, 16, 0.0, 0.0, 1e-12, placement, Kernels(), RandomStreams(0))
+            TransformerLayer(
+                8,
+                4,
+                Mlp(8, 16, placement, Kernels()),
+                *(0.0, 0.0, 1e-12, placement, Kernels(), RandomStreams(0)),
+            )
             for _ in range(layers)
         ]
         return TransformerStack(parts, placement, RandomStreams(0), recompute=False).double()

@@ -63,12 +63,12 @@ def test_norm_is_that_of_all_gradients():
         expected = torch.cat([gradient.flatten() for gradient in gradients]).double().norm().item()
         alone = ParallelState(), "cpu"
 
-        assert gradient_norm(gradients, [], *alone) == pytest.approx(expected, rel=2e-5)
-        assert gradient_norm([], gradients, *alone) == pytest.approx(expected, rel=2e-5)
-        assert gradient_norm(gradients[:2], gradients[2:], *alone) == pytest.approx(
+        assert gradient_norm([gradients], *alone) == pytest.approx(expected, rel=2e-5)
+        assert gradient_norm([[], gradients], *alone) == pytest.approx(expected, rel=2e-5)
+        assert gradient_norm([gradients[:2], gradients[2:]], *alone) == pytest.approx(
             expected, rel=2e-5
         )
 
         for bad in (math.nan, math.inf, -math.inf):
             gradients[1][2, 3] = bad
-            assert gradient_norm(gradients, [], *alone) == math.inf
+            assert gradient_norm([gradients], *alone) == math.inf

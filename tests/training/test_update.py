@@ -372,7 +372,7 @@ def test_gradients_of_micro_batches_are_added_up_in_fp32():
             torch.testing.assert_close(twins[name].grad.double(), expected, rtol=1e-5, atol=0.0)
 
         replicated, sharded = (
-            torch.cat(part).double().square().sum() for part in masters.gradients()
+            torch.cat(part).double().square().sum() for part in masters.gradients()[:2]
         )
         assert float(sharded) == pytest.approx(float(sums["used.bias"].square().sum()), rel=1e-5)
         assert float(replicated) == pytest.approx(
