@@ -171,8 +171,7 @@ class InterBert(nn.Module):
         ]
         image_rows = [batch.summary_rows, regions if hasattr(self, "mrm_head") else regions[:0]]
         read = None if everything else (torch.cat(text_rows), torch.cat(image_rows))
-        reports: list[RouterReport] = []
-        text, image = self.encode(batch, read, reports)
+        text, image, reports = self.encode(batch, read)
 
         if everything:
             first, words = (text.index_select(0, rows) for rows in text_rows)
@@ -232,42 +231,39 @@ class InterBert(nn.Module):
         return found
 
     def encode(
-        self,
-        batch: PackedBatch,
-        read: tuple[torch.Tensor, torch.Tensor] | None = None,
-        reports: list[RouterReport] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, tuple[RouterReport, ...]]:
         """Return the hidden states of both streams: text [Nt, H] and image [Ni, H] (empty for
-        text-only batches), or only those of the text and image tokens in `read`. The reports of
-        experts are added to `reports`.
+        text-only batches), or only those of the text and image tokens in `read`; and the reports of
+        experts.
         """
         text_rows, image_rows = read or (None, None)
         text = self.text_embedding(batch.token_ids, batch.token_positions, batch.token_types)
         texts = Sequences(batch.text_offsets, batch.max_text)
         if not len(batch.locations) and not self._waits_for_images:
             # the joint order is the text order
-            text = self.interaction(text, texts, None, reports)
-            text = self.text_stream(text, texts, text_rows, reports)
-            return text, text[:0]
+            text, of_interaction = self.interaction(text, texts)
+            text, of_text = self.text_stream(text, texts, text_rows)
+            return text, text[:0], of_interaction + of_text
 
         by_kind = torch.cat([batch.image_index, batch.text_index])
         joint = gather_rows(
             torch.cat([self.image_embedding(batch), text]), batch.joint_order, by_kind
         )
         joints = Sequences(batch.joint_offsets, batch.max_joint)
-        joint = self.interaction(joint, joints, None, reports)
+        joint, of_interaction = self.interaction(joint, joints)
 
         image, text = gather_rows(joint, by_kind, batch.joint_order).split(
             [len(batch.image_index), len(batch.text_index)]
         )
-        text = self.text_stream(text, texts, text_rows, reports)
+        text, of_text = self.text_stream(text, texts, text_rows)
         images = Sequences(batch.image_offsets, batch.max_image)
-        image = self.image_stream(image, images, image_rows, reports)
+        image, of_image = self.image_stream(image, images, image_rows)
         if not len(batch.locations):
             # adds 0, so that the backward pass too goes through the experts of the image stream
             text = text + image.sum()
 
-        return text, image
+        return text, image, of_interaction + of_text + of_image
 
     @property
     def _waits_for_images(self) -> bool:

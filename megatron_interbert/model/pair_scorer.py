@@ -144,7 +144,7 @@ class PairScorer:
         model = self.model
         (offsets,) = send_indexes([side.offsets], side.hidden.device)
         sequences = Sequences(offsets.int(), int(side.lengths.max()))
-        hidden = model.interaction(side.hidden, sequences)
+        hidden, _ = model.interaction(side.hidden, sequences)
         stack = model.image_stream if images else model.text_stream
         pooler = model.image_pooler if images else model.text_pooler
         return pooler(last_layer_of_first(stack, hidden, sequences))

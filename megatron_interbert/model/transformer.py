@@ -210,14 +210,14 @@ class TransformerStack(nn.Module):
         x: torch.Tensor,
         sequences: Sequences,
         rows: torch.Tensor | None = None,
-        reports: list[RouterReport] | None = None,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, tuple[RouterReport, ...]]:
         """Run the stack: [N, H] -> [N, H], or [R, H] with `rows` [R], for which alone the last
-        layer is then computed. The reports of experts are added to `reports`.
+        layer is then computed. The reports of its experts come second.
         """
         if rows is not None and not self.depth:
-            return x.index_select(0, rows)
+            return x.index_select(0, rows), ()
 
+        reports: list[RouterReport] = []
         real = len(x)
         asked = real if rows is None else len(rows)
         samples = len(sequences)
@@ -239,13 +239,13 @@ class TransformerStack(nn.Module):
                 if self.recompute and self.training
                 else layer(*inputs)
             )
-            if reports is not None and report is not None:
+            if report is not None:
                 reports.append(report)
 
         if self.placement.shared:
             x = self.placement.join(x)
 
-        return x[:asked]
+        return x[:asked], tuple(reports)
 
     def _describe(
         self, sequences: Sequences, rows: torch.Tensor, real: int, samples: int

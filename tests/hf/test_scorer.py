@@ -231,7 +231,7 @@ def test_sides_alone_against_the_layers_one_item_at_a_time(corpus):
             places = torch.arange(len(ids))
             x = inner.text_embedding(ids, places, torch.zeros_like(ids))
             whole = Sequences(torch.tensor([0, len(ids)], dtype=torch.int32), len(ids))
-            x = inner.text_stream(inner.interaction(x, whole), whole)
+            x = inner.text_stream(inner.interaction(x, whole)[0], whole)[0]
             expected = inner.text_pooler(x[:1])[0].numpy()
             np.testing.assert_allclose(texts[number], expected, atol=1e-5)
     shuffled = scorer.encode_image(images[::-1], batch_size=3)[::-1]

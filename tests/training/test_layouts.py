@@ -19,12 +19,14 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.kernels.choice import choose_kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.partition import partition_dimension, unshard
-from megatron_interbert.model.presets import PRESETS, fit_to_data
+from megatron_interbert.model.partition import is_expert, partition_dimension, place_of, unshard
+from megatron_interbert.model.presets import PRESETS, fit_to_data, with_experts
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.training.model_plan import routing_rule
 from megatron_interbert.training.optimizer import learning_rate, parameter_groups
+from megatron_interbert.training.routing_health import RoutingHealth
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
 
@@ -53,13 +55,19 @@ def run_config(store, **changes):
 def parts(config, state, streams):
     store = Corpus([config.data_path])
     tokenizer = CaptionTokenizer(config.data_path + "/vocab.txt")
-    sizes = fit_to_data(
-        PRESETS["tiny"], tokenizer.vocab_size, store.feature_dim, store.num_classes, "test"
-    )
+    tiny = with_experts(PRESETS["tiny"], config.experts, config.prototypes, config.share_layers)
+    sizes = fit_to_data(tiny, tokenizer.vocab_size, store.feature_dim, store.num_classes, "test")
     sizes = sizes if config.dropout else sizes.without_dropout()
     kernels = choose_kernels("torch", torch.device("cpu"), fp8=config.fp8)
+    if sizes.experts:
+        state.make_expert_groups()
     model = InterBert(
-        sizes, state=state, kernels=kernels, streams=streams, recompute=config.recompute_activations
+        sizes,
+        state=state,
+        kernels=kernels,
+        streams=streams,
+        recompute=config.recompute_activations,
+        rule=routing_rule(config, sizes, state),
     )
     initialise(model, sizes, config.seed, state)
 
@@ -105,7 +113,9 @@ def train(config, state):
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank)
     model, data, task = parts(config, state, streams)
     engine = Engine(model, config, state)
-    stream = iter(MicroBatches(0, BATCH, config.micro_batch_size, state.data_rank, state.data_size))
+    sizes = (config.global_batch_size, config.micro_batch_size)
+    stream = iter(MicroBatches(0, *sizes, state.data_rank, state.data_size))
+    routing = RoutingHealth(config, model.config, state)
     result = {"losses": [], "norms": [], "report": torch.zeros(3, 3)}
 
     for step in range(1, STEPS + 1):
@@ -115,9 +125,10 @@ def train(config, state):
         total = torch.zeros(1)
 
         for number, batch in enumerate(batches):
-            loss, report = task.loss(engine.forward(batch), batch, totals)
-            engine.backward(loss, last=number == len(batches) - 1)
+            output = engine.forward(batch)
+            loss, report = task.loss(output, batch, totals)
             total += loss.detach()
+            engine.backward(loss + routing.loss(output), last=number == len(batches) - 1)
             result["report"] += report
 
         result["losses"].append(float(state.sum_over_data(total)))
@@ -129,16 +140,19 @@ def train(config, state):
             local[name] = parameter.detach().float().clone()
 
     result["local"] = local
+    result["routing"] = routing.metrics(STEPS)
     result["weights"] = {name: gather(tensor, name, state) for name, tensor in local.items()}
 
     return result
 
 
 def gather(tensor, name, state):
-    if state.tensor_size == 1 or partition_dimension(name) is None:
+    ranks = place_of(name, state)[1]
+    if ranks == 1 or partition_dimension(name) is None:
         return tensor
-    shards = [torch.empty_like(tensor) for _ in range(state.tensor_size)]
-    torch.distributed.all_gather(shards, tensor.contiguous(), group=state.tensor_group)
+    shards = [torch.empty_like(tensor) for _ in range(ranks)]
+    group = state.expert_group if is_expert(name) else state.tensor_group
+    torch.distributed.all_gather(shards, tensor.contiguous(), group=group)
     return unshard(shards, name)
 
 
