@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_interbert.model.partition import full_shape, shard
+from megatron_interbert.model.partition import full_shape, is_expert, place_of, shard
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from tests.corpus import write_store
@@ -45,16 +45,17 @@ def start():
 class Run:
     """Train through the engine; the run can be saved and resumed at any step."""
 
-    def __init__(self, store, folder, tensor, stage, load="", **changes):
+    def __init__(self, store, folder, tensor, stage, load="", expert=1, **changes):
         from megatron_interbert.training.checkpoint import Checkpoints, Progress
         from megatron_interbert.training.engine import Engine
 
-        self.state = ParallelState(tensor)
+        self.state = ParallelState(tensor, expert_parallel_size=expert)
         if stage == 3:
             changes.setdefault("deepspeed_config", f"{Path(store).parent}/zero3.json")
 
         settings = {
             "tensor_model_parallel_size": tensor,
+            "expert_parallel_size": expert,
             "zero_stage": stage,
             "micro_batch_size": 2,
             "save": str(folder),
@@ -182,8 +183,9 @@ def check_every_bit(reader, training_state, state, where):
     for fragment in training_state.held():
         for kind, tensor in fragment.tensors.items():
             full = reader.get(fragment.name, kind)
-            assert list(full.shape) == full_shape(fragment.name, fragment.shape, state.tensor_size)
-            mine = shard(full, fragment.name, state.tensor_rank, state.tensor_size).reshape(-1)
+            rank, ranks = place_of(fragment.name, state)
+            assert list(full.shape) == full_shape(fragment.name, fragment.shape, ranks)
+            mine = shard(full, fragment.name, rank, ranks).reshape(-1)
             assert torch.equal(tensor, mine[fragment.start : fragment.start + fragment.length]), (
                 where,
                 fragment.name,
@@ -301,12 +303,15 @@ def check_whole_copy(run):
 
     from megatron_interbert.training.fragments import FragmentedState
 
-    copy = parts(run.config, run.state, run.streams)[0]
+    copy = parts(run.config, run.state.for_evaluation(), run.streams)[0]
     FragmentedState(run.engine).copy_into(copy)
     weights = {name: weight.detach().clone() for name, weight in copy.named_parameters()}
     for name, parameter in run.engine.model.named_parameters():
+        mine = weights[name]
+        if is_expert(name):
+            mine = shard(mine, name, *place_of(name, run.state))
         with deepspeed.zero.GatheredParameters([parameter], enabled=run.config.zero_stage == 3):
-            assert torch.equal(weights[name].to(parameter.dtype), parameter), name
+            assert torch.equal(mine.to(parameter.dtype), parameter), name
 
     FragmentedState(run.engine).copy_into(copy, "ema")
     moved = sum(
@@ -323,7 +328,7 @@ def check_shared_copy(run, whole, kind):
     from megatron_interbert.training.evaluation_copy import copy_for_evaluation
     from megatron_interbert.training.fragments import FragmentedState
 
-    model = parts(run.config, run.state, run.streams)[0].to("meta")
+    model = parts(run.config, run.state.for_evaluation(), run.streams)[0].to("meta")
     shared = copy_for_evaluation(model, run.engine, torch.device("cpu"))
     shared.take(FragmentedState(run.engine), kind)
     names = list(whole)[:: -1 if run.state.data_rank else 1]  # each rank in another order
