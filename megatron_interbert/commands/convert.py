@@ -19,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from megatron_interbert.command_line import run_command
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import Flags, argument, option
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.partition import partition_kind
@@ -34,6 +35,7 @@ from megatron_interbert.weights.targets import (
     heads_of,
     write_target,
 )
+from megatron_interbert.weights.views import divided_into_experts, untied
 
 TYPES = {
     "keep": None,
@@ -78,6 +80,20 @@ class Options(Flags):
         least=1,
         group="parallelism",
         old_names=("--tp",),
+    )
+    experts: int = option(
+        0,
+        "turn the MLPs of a dense model into this many experts each, with the same outputs; 0: no",
+        least=0,
+        group="model",
+    )
+    prototypes: int = option(
+        1, "groups of these experts, in each of which a token goes to one", least=1, group="model"
+    )
+    untie_layers: bool = option(
+        False,
+        "give each layer of a model trained with --share-layers parameters of its own",
+        group="model",
     )
     results: list[str] = option(
         (), "result.json files to show on the model card", several=True, group="more"
@@ -146,7 +162,16 @@ def run(options: Options) -> None:
     if options.averaged and not source.facts.get("averaged"):
         raise UsageError(f"--averaged: {options.input} holds no averaged weights; leave it out")
 
+    if options.prototypes > 1 and not options.experts:
+        raise UsageError("--prototypes divides the experts that --experts makes; give both")
+
     print(*source.notes, describe_source(source), sep="\n", flush=True)
+    if options.untie_layers:
+        source = untied(source)
+    if options.experts:
+        source = divided_into_experts(
+            source, options.experts, options.prototypes, ",".join(ModelConfig.STACKS)
+        )
     if options.list_only:
         list_tensors(source)
         return

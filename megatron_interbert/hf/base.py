@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.conversion_mapping import register_checkpoint_conversion_mapping
+from transformers.core_model_loading import MergeModulelist, WeightConverter
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
@@ -23,6 +25,17 @@ from megatron_interbert.parallel.layers import VocabParallelEmbedding
 from megatron_interbert.weights.foreign_files import read_index
 
 HEADS = ("msm", "mrm", "itm", "choice", "sentence")
+# files hold a tensor for each expert, our layers one for all
+register_checkpoint_conversion_mapping(
+    InterBertConfig.model_type,
+    [
+        WeightConverter(
+            [f".mlp.experts.*.{part}"], f".mlp.experts.{part}", operations=[MergeModulelist(dim=0)]
+        )
+        for part in ("up.weight", "up.bias", "down.weight")
+    ],
+    overwrite=True,
+)
 # parameters of downstream tasks, which pretrained weights lack
 NEW_BY_NATURE = re.compile(r"classifier\..*|interbert\.choice_head\..*")
 LISTED = 20  # wrong parameters that an error names; the rest are counted

@@ -115,7 +115,8 @@ class Router(nn.Module):
     def forward(self, x: torch.Tensor) -> Choice:
         """Choose for this rank's tokens x [n, H]."""
         weight = copy_to_group(self.weight, self.placement.group)  # others route other tokens
-        logits = F.linear(x.float(), weight.float())
+        wide = torch.promote_types(x.dtype, torch.float32)
+        logits = F.linear(x.to(wide), weight.to(wide))
         choices = len(self.weight) // self.prototypes
         probabilities = logits.view(-1, self.prototypes, choices).softmax(2)
 

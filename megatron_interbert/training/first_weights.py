@@ -1,5 +1,6 @@
 """Load first weights (`--init-from`) in any format that `weights/sources.py` reads."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import SliceRun
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.sources import WeightSource, open_weights, recognise
+from megatron_interbert.weights.views import divided_into_experts, untied
 
 NEW_HEADS = ("choice_head.", "sentence_head.")  # of downstream tasks; pretrained weights lack them
 
@@ -55,7 +57,9 @@ def open_initial_weights(
 
     try:
         kind = recognise(path)
-        source = open_weights(path, kind, first.config if kind in ("official", "bert") else None)
+        dense = dataclasses.replace(first.config, experts=0, prototypes=1, share_layers=False)
+        source = open_weights(path, kind, dense if kind in ("official", "bert") else None)
+        source = viewed_as(first.config, source, first.seed)
         if state.is_main:
             print(*source.notes, sep="\n", end="\n" * bool(source.notes), flush=True)
 
@@ -79,6 +83,31 @@ def open_initial_weights(
         raise UsageError(f"--init-from {error}") from error
 
     return InitialWeights(source, names, first)
+
+
+def viewed_as(config: ModelConfig, source: WeightSource, seed: int) -> WeightSource:
+    """Return weights as those of a model of `config`: with experts made from the MLPs of a dense
+    one, and with layers of their own made from shared ones.
+    """
+    if config.share_layers and not source.config.share_layers:
+        raise UsageError(
+            f"{source.path}: its layers are not shared, so they cannot become shared ones; leave"
+            " --share-layers out"
+        )
+
+    if source.config.share_layers and not config.share_layers:
+        source = untied(source)
+        source.notes.append(f"note: the shared layers of {source.path} become layers of their own")
+
+    if config.experts and not source.config.experts:
+        source = divided_into_experts(
+            source, config.experts, config.prototypes, config.expert_stacks, seed
+        )
+        source.notes.append(
+            f"note: each MLP of {source.path} becomes {config.experts} experts with its outputs"
+        )
+
+    return source
 
 
 def load_initial_weights(

@@ -6,6 +6,7 @@ Nothing here runs code from a file: it uses safetensors, JSON, and `torch.load(w
 import contextlib
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from megatron_interbert.errors import UsageError, out_of_memory
 from megatron_interbert.model.partition import SliceRun
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.reading import read_json
+from megatron_interbert.weights.expert_tensors import stacked, whole_names
 from megatron_interbert.weights.fitting import (
     REGION,
     WORD,
@@ -236,7 +238,11 @@ def _huggingface(path: Path) -> WeightSource:
     ours = {
         name.removeprefix(HF_PREFIX): name for name in tensor_names(tensors) if name not in left_out
     }
-    layouts = {name: tensors.layout(theirs) for name, theirs in ours.items()}
+    layouts, read = stacked(
+        whole_names(ours, str(path)),
+        lambda name: tensors.layout(ours[name]),
+        lambda name, *run: tensors.read(ours[name], *run),
+    )
     check_own({name: entry.shape for name, entry in layouts.items()}, sizes, str(path))
     facts = facts_of(values.get("training_facts") or {}, path / "config.json")
 
@@ -245,10 +251,14 @@ def _huggingface(path: Path) -> WeightSource:
         path,
         sizes,
         layouts,
-        lambda name: tensors.get(ours[name]),
+        lambda name: (
+            tensors.get(ours[name])
+            if name in ours
+            else read(name, 0, math.prod(layouts[name].shape)).view(layouts[name].shape)
+        ),
         facts,
         left_out,
-        read=lambda name, *run: tensors.read(ours[name], *run),
+        read=read,
     )
 
 

@@ -5,10 +5,11 @@ An output folder is written under a temporary name and renamed, so it is complet
 """
 
 import dataclasses
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from megatron_interbert.files import (
     write_json,
     write_text,
 )
-from megatron_interbert.model.partition import partition_dimension, shard
+from megatron_interbert.model.partition import is_expert, partition_dimension, shard
+from megatron_interbert.weights.expert_tensors import name_of_expert
 from megatron_interbert.weights.foreign import (
     DECODER,
     EXTRA,
@@ -81,7 +83,13 @@ class Output:
         """Return a full tensor in the dtype to be written; UsageError if converting to that dtype
         makes an element infinite.
         """
-        tensor = self.source.get(name)
+        return self._checked(name, self.source.get(name))
+
+    def part(self, name: str, start: int, length: int) -> torch.Tensor:
+        """Return elements [start, start + length) of a flattened tensor in the same way."""
+        return self._checked(name, self.source.read(name, start, length))
+
+    def _checked(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
         written = tensor.to(self.dtype) if self.dtype else tensor
         if not is_finite(written):
             if is_finite(tensor):
@@ -133,6 +141,9 @@ def write_target(
             " --init-from"
         )
 
+    if kind in ("official", "bert"):
+        refuse_what_they_lack(kind, output.source)
+
     if (
         kind in ("huggingface", "official")
         and "image_embedding.feature.weight" not in output.source.layouts
@@ -158,6 +169,18 @@ def write_target(
     }[kind]
     with _new_folder(folder, output.bytes() * (2 if kind == "official" else 1)) as work:
         write(output, work, progress)
+
+
+def refuse_what_they_lack(kind: str, source: WeightSource) -> None:
+    """Raise UsageError for experts and shared layers, which these formats cannot hold."""
+    if source.config.experts:
+        raise UsageError(
+            f"{source.path}: '{kind}' has no experts; give --to huggingface or --to sharded"
+        )
+    if source.config.share_layers:
+        raise UsageError(
+            f"{source.path}: '{kind}' has no shared layers; give --untie-layers, which copies them"
+        )
 
 
 @contextmanager
@@ -204,14 +227,21 @@ def write_sharded(output: Output, work: Path, progress: Progress) -> None:
 
     for rank in range(ranks):
         layout = {}
-        for name, entry in source.layouts.items():
-            cut = partition_dimension(name)
-            layout[name] = output.layout(
-                name, [n // ranks if axis == cut else n for axis, n in enumerate(entry.shape)]
-            )
+        pieces = {}
 
-        pieces = {name: (0, entry.shape) for name, entry in layout.items()}
-        tensors = (shard(output.get(name), name, rank, ranks) for name in layout)
+        for name, entry in source.layouts.items():
+            if is_expert(name):
+                start, length = share_of_experts(entry.shape, rank, ranks)
+                layout[name] = output.layout(name, (length,))
+                pieces[name] = (start, entry.shape)
+                continue
+
+            cut = partition_dimension(name)
+            shape = [n // ranks if axis == cut else n for axis, n in enumerate(entry.shape)]
+            layout[name] = output.layout(name, shape)
+            pieces[name] = (0, layout[name].shape)
+
+        tensors = (slice_of(output, name, rank, ranks) for name in layout)
         file = weights_name((rank, ranks))
         files[file] = write_tensors(work / file, layout, tensors, describe_pieces(pieces), progress)
 
@@ -241,16 +271,31 @@ def write_sharded(output: Output, work: Path, progress: Progress) -> None:
     )
 
 
+def share_of_experts(shape: Sequence[int], rank: int, ranks: int) -> tuple[int, int]:
+    """Return (start, length) of the part of a flattened parameter of experts in a rank's file."""
+    start, end = (math.prod(shape) * number // ranks for number in (rank, rank + 1))
+    return start, end - start
+
+
+def slice_of(output: Output, name: str, rank: int, ranks: int) -> torch.Tensor:
+    """Return the part of a parameter in the file of one of `ranks` tensor-parallel ranks."""
+    if is_expert(name):
+        return output.part(name, *share_of_experts(output.layout(name).shape, rank, ranks))
+    return shard(output.get(name), name, rank, ranks)
+
+
 def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
-    """Write what `from_pretrained` reads: model.safetensors, config.json, and, if given, the
-    vocabulary; and the model card as README.md.
+    """Write what `from_pretrained` reads: model.safetensors, with a tensor for each expert,
+    config.json, and, if given, the vocabulary; and the model card as README.md.
     """
     source = output.source
     names = [name for name in source.layouts if not name.startswith(EXTRA)]
-    layout = {HF_PREFIX + name: output.layout(name) for name in names}
-    write_tensors(
-        work / HF_FILE, layout, (output.get(name) for name in names), {"format": "pt"}, progress
-    )
+    layout = {}
+    for name in names:
+        layout |= {HF_PREFIX + part: entry for part, entry in layout_by_expert(output, name)}
+
+    tensors = (tensor for name in names for tensor in tensors_by_expert(output, name))
+    write_tensors(work / HF_FILE, layout, tensors, {"format": "pt"}, progress)
     config: dict[str, Any] = {
         "architectures": [door_of(heads_of(source))],
         "model_type": "interbert",
@@ -272,6 +317,29 @@ def write_huggingface(output: Output, work: Path, progress: Progress) -> None:
 
     if output.card:
         write_text(work / "README.md", output.card)
+
+
+def layout_by_expert(output: Output, name: str) -> Iterator[tuple[str, TensorLayout]]:
+    """Yield name and layout of the tensors that hold a parameter: of experts one for each."""
+    entry = output.layout(name)
+    if not is_expert(name):
+        yield name, entry
+        return
+
+    for number in range(entry.shape[0]):
+        yield name_of_expert(name, number), TensorLayout(entry.dtype, entry.shape[1:])
+
+
+def tensors_by_expert(output: Output, name: str) -> Iterator[torch.Tensor]:
+    """Yield the tensors that hold a parameter, one expert at a time."""
+    if not is_expert(name):
+        yield output.get(name)
+        return
+
+    experts, *shape = output.layout(name).shape
+    size = math.prod(shape)
+    for number in range(experts):
+        yield output.part(name, number * size, size).view(shape)
 
 
 def write_bert(output: Output, work: Path, progress: Progress) -> None:

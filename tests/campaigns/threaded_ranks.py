@@ -2,6 +2,7 @@
 arithmetic, each rank a thread, and compare with one process.
 
     python -m tests.campaigns.threaded_ranks --world-size 256 --tensor-model-parallel-size 8
+    python -m tests.campaigns.threaded_ranks --world-size 256 --expert-parallel-size 64
 """
 
 import argparse
@@ -24,7 +25,8 @@ from megatron_interbert.data.packing import PackedBatch, pack
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.partition import shard
+from megatron_interbert.model.partition import is_expert, place_of, shard
+from megatron_interbert.model.presets import with_experts
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
@@ -80,12 +82,15 @@ def run_in_threads(ranks: int, function: Callable[[int], Any]) -> list[Any]:
     return results
 
 
-def build(state: ParallelState, recompute: bool) -> InterBert:
+def build(state: ParallelState, recompute: bool, experts: int = 0) -> InterBert:
     """Build a rank's slice of the model in float64, with the weights of every layout."""
+    sizes = with_experts(SIZES, experts, 2 if experts else 0)
+    if experts:
+        state.make_expert_groups()
     model = InterBert(
-        SIZES, state=state, kernels=Kernels(), streams=RandomStreams(0), recompute=recompute
+        sizes, state=state, kernels=Kernels(), streams=RandomStreams(0), recompute=recompute
     )
-    initialise(model, SIZES, 0, state)
+    initialise(model, sizes, 0, state)
 
     return model.double()
 
@@ -106,9 +111,9 @@ def totals_of(data_size: int) -> torch.Tensor:
     return torch.stack([batch_of(rank).target_counts() for rank in range(data_size)]).sum(0)
 
 
-def one_process(data_size: int) -> tuple[float, dict[str, torch.Tensor]]:
+def one_process(data_size: int, experts: int) -> tuple[float, dict[str, torch.Tensor]]:
     """Return the loss and the gradients of all micro-batches, computed one after another."""
-    model = build(ParallelState(alone=True), recompute=False)
+    model = build(ParallelState(alone=True), False, experts)
     totals = totals_of(data_size)
     loss = 0.0
 
@@ -122,16 +127,22 @@ def one_process(data_size: int) -> tuple[float, dict[str, torch.Tensor]]:
 
 
 def check(
-    ranks: int, tensor: int, sequence_parallel: bool = False, recompute: bool = False
+    ranks: int,
+    tensor: int,
+    sequence_parallel: bool = False,
+    recompute: bool = False,
+    expert: int = 0,
 ) -> float:
     """Compare the loss and every rank's gradients with those of one process; return the largest
     error, relative to the largest value of a tensor.
+
+    `expert`: expert-parallel ranks of a model with two experts on each of them; 0: a dense one.
     """
-    expected, gradients = one_process(ranks // tensor)
+    expected, gradients = one_process(ranks // tensor, 2 * expert)
 
     def one_rank(_: int) -> float:
-        state = ParallelState(tensor, sequence_parallel)
-        model = build(state, recompute)
+        state = ParallelState(tensor, sequence_parallel, expert_parallel_size=max(expert, 1))
+        model = build(state, recompute, 2 * expert)
         batch = batch_of(state.data_rank)
         totals = state.sum_over_data(batch.target_counts())
         loss = PretrainingTask().loss(model(batch), batch, totals)[0]
@@ -140,8 +151,12 @@ def check(
         worst = abs(whole / expected - 1)
 
         for name, parameter in model.named_parameters():
-            ours = state.sum_over_data(parameter.grad)
-            theirs = shard(gradients[name], name, state.tensor_rank, tensor)
+            ours = parameter.grad
+            if is_expert(name) and state.experts_apart:
+                dist.all_reduce(ours, group=state.expert_data_group)
+            else:
+                state.sum_over_data(ours)
+            theirs = shard(gradients[name], name, *place_of(name, state))
             scale = max(float(gradients[name].abs().max()), 1e-6)
             worst = max(worst, float((ours - theirs).abs().max()) / scale)
 
@@ -156,16 +171,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--world-size", type=int, default=256)
     parser.add_argument("--tensor-model-parallel-size", type=int, default=8)
+    parser.add_argument("--expert-parallel-size", type=int, default=0)
     options = parser.parse_args()
     torch.set_num_threads(1)
 
     for split, recompute in itertools.product((False, True), repeat=2):
         started = time.monotonic()
         size = options.tensor_model_parallel_size
-        worst = check(options.world_size, size, split, recompute)
+        expert = options.expert_parallel_size
+        worst = check(options.world_size, size, split, recompute, expert)
         print(
-            f"{options.world_size} ranks, TP{size}, sequence parallel {split}, recomputation"
-            f" {recompute}: largest error {worst:.1e}, {time.monotonic() - started:.1f} s",
+            f"{options.world_size} ranks, TP{size}, EP{expert}, sequence parallel {split},"
+            f" recomputation {recompute}: largest error {worst:.1e},"
+            f" {time.monotonic() - started:.1f} s",
             flush=True,
         )
         if not worst < TOLERANCE:

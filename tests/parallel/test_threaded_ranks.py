@@ -13,11 +13,17 @@ def test_64_ranks_compute_what_one_process_does():
     assert check(64, 16, sequence_parallel=True) < TOLERANCE
 
 
+@pytest.mark.parametrize(("tensor", "expert"), [(4, 32)])
+def test_64_ranks_exchange_rows_with_their_experts(tensor, expert):
+    assert check(64, tensor, tensor > 1, expert=expert) < TOLERANCE
+
+
 def test_a_rank_that_differs_is_seen(monkeypatch):
     build = threaded_ranks.build
 
-    def planted(state, recompute):
-        model = build(state, recompute)
+    def planted(*arguments):
+        model = build(*arguments)
+        state = arguments[0]
         if state.rank == 5:
             with torch.no_grad():
                 model.interaction.layers[0].mlp.up.weight[0, 0] += 1e-3
