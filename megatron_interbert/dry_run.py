@@ -25,6 +25,7 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from megatron_interbert.command_line import parse, span
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import AUTO, option
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.order import MicroBatches
@@ -33,7 +34,12 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned, quiet_libraries
 from megatron_interbert.model.interbert import PRETRAINING_HEADS
-from megatron_interbert.model.presets import check_words, load_model_config, with_usual_data
+from megatron_interbert.model.presets import (
+    check_words,
+    load_model_config,
+    with_experts,
+    with_usual_data,
+)
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.planning.layout import rank_parameters
 from megatron_interbert.planning.memory import Memory, predict
@@ -99,11 +105,12 @@ class DryRunConfig(RunConfig):
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
-        if self.world_size % self.tensor_model_parallel_size:
-            raise UsageError(
-                f"--world-size {self.world_size} is not a multiple of --tensor-model-parallel-size"
-                f" {self.tensor_model_parallel_size}; change one of them"
-            )
+        for name in ("tensor_model_parallel_size", "expert_parallel_size"):
+            if self.world_size % getattr(self, name):
+                raise UsageError(
+                    f"--world-size {self.world_size} is not a multiple of {self.told(name)};"
+                    " change one of them"
+                )
         if self.micro_batch_size == AUTO:
             raise UsageError("--micro-batch-size auto is found by trial on a device; give a number")
 
@@ -140,7 +147,7 @@ def settle(config: DryRunConfig) -> None:
     merge(config, config.data_parallel_size)
     settle_kernels(config)
     if config.words:
-        sizes, note = with_usual_data(load_model_config(config.model))
+        sizes, note = with_usual_data(sizes_of(config))
         check_words(sizes, config.words[1])
         config.notes += [note] if note else []
 
@@ -171,7 +178,11 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
 
     try:
         with one_of(config.world_size, rank), triton_without_gpu(config.kernels):
-            state = VirtualState(config.tensor_model_parallel_size, config.sequence_parallel)
+            state = VirtualState(
+                config.tensor_model_parallel_size,
+                config.sequence_parallel,
+                expert_parallel_size=config.expert_parallel_size,
+            )
             job = random_job(config) if config.words else pretraining_job(config, state)
             plan = plan_model(config, job, state, HERE)
             return rehearse(config, job, plan, state, micro_batches(config, job, state))
@@ -179,9 +190,15 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
         return str(error)
 
 
+def sizes_of(config: DryRunConfig) -> ModelConfig:
+    """Return the sizes of the model that the flags name."""
+    chosen = (config.experts, config.prototypes, config.share_layers)
+    return with_experts(load_model_config(config.model), *chosen)
+
+
 def random_job(config: DryRunConfig) -> Job:
     """Return a job whose samples are random."""
-    sizes, _ = with_usual_data(load_model_config(config.model))
+    sizes, _ = with_usual_data(sizes_of(config))
     return Job(PretrainingTask(config.objective_names()), None, sizes, PRETRAINING_HEADS, {}, "")
 
 
@@ -251,12 +268,14 @@ def announce(config: DryRunConfig) -> str:
     shared = ""
     if config.sequence_parallel:
         shared = " with sequence parallelism" if tensor > 1 else " (--sequence-parallel: no effect)"
+    experts = config.expert_parallel_size
+    divided = f", EP{experts}" if experts > 1 else ""
     recomputed = ", activations recomputed" if config.recompute_activations else ""
 
     return (
         f"rehearsing {len(config.chosen_ranks())} of {config.world_size} ranks:"
-        f" DP{config.data_parallel_size} x TP{tensor}{shared}, ZeRO-{config.zero_stage}{offload},"
-        f" {precision}, {config.kernels} kernels{recomputed}; micro-batch"
+        f" DP{config.data_parallel_size} x TP{tensor}{shared}{divided},"
+        f" ZeRO-{config.zero_stage}{offload}, {precision}, {config.kernels} kernels{recomputed}; micro-batch"
         f" {config.micro_batch_size}, global batch {config.global_batch_size}"
     )
 
@@ -266,13 +285,14 @@ def describe(config: DryRunConfig, rehearsals: list[Rehearsal]) -> list[str]:
     first = rehearsals[0]
     largest = max(rehearsals, key=lambda one: one.peak)
     planned = planned_memory(config, largest)
-    each = rank_parameters(first.sizes, config.tensor_model_parallel_size)
+    ranks = (config.tensor_model_parallel_size, config.expert_parallel_size)
+    each = rank_parameters(first.sizes, *ranks)
     host = ""
     if planned.host:
         host = f", of which the host has {planned.host / GIB:.2f} by plan"
 
     return [
-        f"parameters: {each / 1e6:.1f} M on a tensor-parallel rank",
+        f"parameters: {each / 1e6:.1f} M on a rank, before ZeRO",
         (
             f"memory of a rank: {largest.states / GIB:.2f} GiB between steps, peak"
             f" {largest.peak / GIB:.2f} (planned {planned.together / GIB:.2f}), rank"

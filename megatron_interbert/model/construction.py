@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.partition import copy_tags
 
 
 def on_meta(make: Callable[[], InterBert]) -> InterBert:
@@ -30,7 +31,7 @@ def give_memory(
             if parameter.is_meta:
                 empty = torch.empty(parameter.shape, dtype=dtype or parameter.dtype, device=device)
                 filled = nn.Parameter(empty)
-                vars(filled).update(vars(parameter))  # its tags for DeepSpeed
+                copy_tags(parameter, filled)
                 setattr(module, name, filled)
 
     return model

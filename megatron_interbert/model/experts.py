@@ -159,7 +159,7 @@ class Experts(nn.Module):
         chosen = choice.expert.masked_fill(~kept, self.count).flatten()
         by_expert = chosen.argsort(stable=True)
         by_token = by_expert.argsort()
-        exchange = Exchange(count(chosen, self.count + 1)[:-1], self.group)
+        exchange = Exchange(count(chosen, self.count + 1)[:-1], self.group, len(chosen))
 
         copies = x[:, None].expand(-1, prototypes, -1).flatten(0, 1)
         rows = gather_rows(copies, by_expert, by_token)

@@ -66,10 +66,15 @@ def forward_flops(config: ModelConfig, tokens: Tokens) -> float:
     hidden = config.hidden_size
     total = 0.0
 
-    for layers, count, squares, read in tokens.stacks(config):
+    for stack, (layers, count, squares, read) in zip(
+        config.STACKS, tokens.stacks(config), strict=True
+    ):
         behind = count * layers if read is None or not layers else count * (layers - 1) + read
         total += layers * (2 * hidden * 3 * hidden * count + 4 * hidden * squares)
-        total += 2 * hidden * (hidden + 2 * config.ffn_hidden_size) * behind
+        inner = 2 * config.ffn_hidden_size
+        if config.has_experts(stack):  # one expert of each prototype, and the router
+            inner = config.prototypes * inner + config.experts
+        total += 2 * hidden * (hidden + inner) * behind
 
     total += 2 * hidden * (config.feature_dim + 5) * tokens.image
     total += 2 * hidden * (hidden + config.padded_vocab_size) * tokens.words

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.parallel.state import EXPERT_TAGS, ParallelState
 
+TAGS = ("tensor_model_parallel", "partition_dim", *EXPERT_TAGS)
 # kind -> dimension that is cut; None: every rank holds the whole parameter
 DIMENSION = {"column": 0, "row": 1, "vocab": 0, "expert": 0, "replicated": None}
 
@@ -228,6 +229,13 @@ def mark_shards(model: nn.Module) -> None:
         if dimension is not None and not is_expert(name):
             parameter.tensor_model_parallel = True
             parameter.partition_dim = dimension
+
+
+def copy_tags(source: nn.Parameter, target: nn.Parameter) -> None:
+    """Copy the tags of a parameter for DeepSpeed to the one that takes its place."""
+    for tag in TAGS:
+        if hasattr(source, tag):
+            setattr(target, tag, getattr(source, tag))
 
 
 def unshard_state(states: Sequence[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:

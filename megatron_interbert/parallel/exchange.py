@@ -4,7 +4,7 @@ Ranks send each other different numbers of rows. They first tell each other how 
 expert; the host waits for that once in a layer.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +16,16 @@ from megatron_interbert.parallel.collectives import group_size
 class Exchange:
     """Bring rows that are sorted by expert to the ranks that hold these experts, and back.
 
-    `counts` [experts], int64, are the rows that this rank has for each expert. Each rank of the
-    group holds an equal number of experts, in order. All ranks of the group must make the same
-    calls, also those that have no rows.
+    `counts` [experts], int64, are the rows that this rank has for each expert, `most` of them at
+    most. Each rank of the group holds an equal number of experts, in order. All ranks of the group
+    must make the same calls, also those that have no rows.
     """
 
-    def __init__(self, counts: torch.Tensor, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, counts: torch.Tensor, group: dist.ProcessGroup | None, most: int) -> None:
         self.group = group
         self.ranks = group_size(group)
         if self.ranks == 1:
-            self.held = counts.tolist()
+            (self.held,) = on_host([counts], most)
             self.mine = sum(self.held)
             return
 
@@ -34,11 +34,9 @@ class Exchange:
 
         to_ranks = counts.view(self.ranks, -1)
         from_ranks = received.view(self.ranks, -1)
-        sizes = [to_ranks.sum(1), from_ranks.sum(1), from_ranks.sum(0)]
-        sizes = torch.cat(sizes).tolist()
-        self.sent = sizes[: self.ranks]  # rows, to each rank
-        self.received = sizes[self.ranks : 2 * self.ranks]  # rows, from each rank
-        self.held = sizes[2 * self.ranks :]  # rows of each expert here, from all ranks
+        # rows to each rank, from each rank, and of each expert here from all ranks
+        sizes = (to_ranks.sum(1), from_ranks.sum(1), from_ranks.sum(0))
+        self.sent, self.received, self.held = on_host(sizes, most)
         self.mine = sum(self.sent)  # rows of this rank
 
         # rows arrive by rank, and from each by expert
@@ -71,6 +69,19 @@ class Exchange:
         dist.all_to_all_single(result, x.contiguous(), received, sent, group=self.group)
 
         return result
+
+
+def on_host(sizes: Sequence[torch.Tensor], most: int) -> list[list[int]]:
+    """Return vectors of numbers of rows as lists; each vector is of up to `most` rows of every
+    rank. Waits for the device once.
+    """
+    together = torch.cat(list(sizes)).tolist()
+    found = []
+    for vector in sizes:
+        found.append(together[: len(vector)])
+        together = together[len(vector) :]
+
+    return found
 
 
 class _Move(torch.autograd.Function):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.construction import on_meta
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.partition import partition_dimension
+from megatron_interbert.model.partition import is_expert, partition_dimension
 from megatron_interbert.parallel.shared_weights import unit_of
 from megatron_interbert.parallel.state import ParallelState
 
@@ -36,6 +36,7 @@ class Layout:
 
     data: int = 1
     tensor: int = 1
+    expert: int = 1  # ranks that divide the experts
     zero_stage: int = 1
     half: bool = False  # 16-bit forward and backward passes
     fused: bool = False
@@ -57,6 +58,11 @@ class Layout:
     in_memory: int = IN_MEMORY
     parameter_buffer: int = 0  # elements of each; 0: a rank's share of the largest parameter
     secondary: int = 0  # ranks of a group that holds all weights once more (hpZ); 0: no group does
+
+    @property
+    def expert_data(self) -> int:
+        """Return how many ranks hold the same experts, and share their training state."""
+        return self.data * self.tensor // self.expert
 
     @property
     def shares_nothing(self) -> bool:
@@ -119,26 +125,78 @@ def targets_of(load: Load) -> tuple[float, float]:
 
 
 @functools.cache
-def rank_shapes(sizes: ModelConfig, tensor: int) -> dict[str, tuple[int, ...]]:
-    """Return the shapes of the trained parameters, by name, on one of `tensor` tensor-parallel
-    ranks.
+def rank_shapes(sizes: ModelConfig, tensor: int, expert: int = 1) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the trained parameters, by name, on one of `tensor` tensor-parallel and
+    `expert` expert-parallel ranks.
     """
     sizes.check_tensor_parallel(tensor)
+    sizes.check_expert_parallel(expert)
     model = on_meta(lambda: InterBert(sizes, state=ParallelState(alone=True)))
 
-    return {
-        name: tuple(
-            size // tensor if axis == partition_dimension(name) else size
-            for axis, size in enumerate(parameter.shape)
-        )
-        for name, parameter in model.named_parameters()
-    }
+    def here(name: str, shape: Sequence[int]) -> tuple[int, ...]:
+        ranks = expert if is_expert(name) else tensor
+        cut = partition_dimension(name)
+        return tuple(size // ranks if axis == cut else size for axis, size in enumerate(shape))
+
+    return {name: here(name, parameter.shape) for name, parameter in model.named_parameters()}
 
 
 @functools.cache
-def rank_parameters(sizes: ModelConfig, tensor: int) -> int:
-    """Count the trained parameters on one of `tensor` tensor-parallel ranks."""
-    return sum(map(math.prod, rank_shapes(sizes, tensor).values()))
+def rank_parameters(sizes: ModelConfig, tensor: int, expert: int = 1) -> int:
+    """Count the trained parameters on one of `tensor` tensor-parallel and `expert` expert-parallel
+    ranks.
+    """
+    return sum(map(math.prod, rank_shapes(sizes, tensor, expert).values()))
+
+
+@dataclass(frozen=True)
+class Division:
+    """Hold parameters of a rank whose gradients are summed over the same ranks, which share their
+    state: of each its elements, and whether its weights decay. `group`: "data" or "expert_data".
+    """
+
+    parameters: tuple[tuple[int, bool], ...]
+    ranks: int
+    group: str = "data"
+
+    @property
+    def elements(self) -> int:
+        """Return the elements of all parameters."""
+        return sum(count for count, _ in self.parameters)
+
+
+@functools.cache
+def divisions(sizes: ModelConfig, tensor: int, data: int, expert: int = 1) -> list[Division]:
+    """Return the divisions of a rank's parameters: experts are apart where several ranks of a
+    tensor-parallel or expert-parallel group hold different rows or experts.
+    """
+    apart = tensor * expert > 1
+    kinds: dict[bool, list[tuple[int, bool]]] = {}
+
+    for name, shape in rank_shapes(sizes, tensor, expert).items():
+        decays = len(shape) > 1 and not name.endswith("bias")
+        kinds.setdefault(apart and is_expert(name), []).append((math.prod(shape), decays))
+
+    found = [Division(tuple(kinds[False]), data)]
+    if True in kinds:
+        found.append(Division(tuple(kinds[True]), data * tensor // expert, "expert_data"))
+
+    return found
+
+
+def divisions_of(sizes: ModelConfig, layout: Layout) -> list[Division]:
+    """Return the divisions of a rank's parameters in a layout."""
+    return divisions(sizes, layout.tensor, layout.data, layout.expert)
+
+
+def parameters_of(sizes: ModelConfig, layout: Layout) -> int:
+    """Count the trained parameters on a rank of a layout."""
+    return rank_parameters(sizes, layout.tensor, layout.expert)
+
+
+def share_of_rank(sizes: ModelConfig, layout: Layout) -> float:
+    """Return the elements whose training state a rank keeps with ZeRO."""
+    return sum(division.elements / division.ranks for division in divisions_of(sizes, layout))
 
 
 def grouped(parameters: Iterable[tuple[int, bool]], most: int) -> list[list[int]]:
@@ -176,53 +234,78 @@ def kept_with_parts(groups: list[list[int]], ranks: int) -> int:
     return max(itertools.accumulate(changes[rank] for rank in sorted(changes)))
 
 
-def update_size(parameters: Sequence[tuple[int, bool]], ranks: int) -> int:
-    """Return the elements at which a group of the optimizer is full, at ZeRO stages 1 and 2 with
-    `ranks` data-parallel ranks; `parameters` as for `grouped`.
+def update_size(parts: Sequence[Division]) -> int:
+    """Return the elements at which a group of the optimizer is full, at ZeRO stages 1 and 2.
 
     A rank keeps the whole gradient of a parameter even if it updates only a part of it, so many
     small groups cost memory. So do large groups, whose gradients are joined and converted to fp32
     together. Of the sizes tried, the one returned needs the least for both.
     """
-    if ranks == 1:
+    if all(part.ranks == 1 for part in parts):
         return SUB_GROUP
 
     def cost(size: int) -> float:
-        groups = grouped(parameters, size)
-        updated = max(map(sum, groups)) / ranks
-        return 2 * kept_with_parts(groups, ranks) + (2 + FP32) * updated  # in 16-bit passes
+        divided = [(grouped(part.parameters, size), part.ranks) for part in parts]
+        kept = sum(kept_with_parts(groups, ranks) for groups, ranks in divided)
+        updated = max(sum(group) / ranks for groups, ranks in divided for group in groups)
+        return 2 * kept + (2 + FP32) * updated  # in 16-bit passes
 
     return min((round(SUB_GROUP * 1.25**step) for step in range(32)), key=cost)
 
 
 @functools.cache
-def update_groups(sizes: ModelConfig, tensor: int, data: int) -> list[list[int]]:
-    """Return the elements of each parameter in the optimizer's groups, on one of `tensor`
-    tensor-parallel ranks, at ZeRO stages 1 and 2 with `data` data-parallel ranks.
+def update_groups(
+    sizes: ModelConfig, tensor: int, data: int, expert: int = 1
+) -> list[tuple[Division, list[list[int]]]]:
+    """Return the elements of each parameter in the optimizer's groups, for each division, on one of
+    `tensor` tensor-parallel and `expert` expert-parallel ranks, at ZeRO stages 1 and 2 with `data`
+    data-parallel ranks.
     """
-    shapes = rank_shapes(sizes, tensor).values()
-    parameters = [(math.prod(shape), len(shape) > 1) for shape in shapes]
+    parts = divisions(sizes, tensor, data, expert)
+    most = update_size(parts)
 
-    return grouped(parameters, update_size(parameters, data))
+    return [(part, grouped(part.parameters, most)) for part in parts]
 
 
 @functools.cache
-def partly_updated(sizes: ModelConfig, tensor: int, data: int) -> int:
-    """Count the elements of the parameters of which a data-parallel rank updates at least a part,
-    on the rank with the most.
+def partly_updated(sizes: ModelConfig, tensor: int, data: int, expert: int = 1) -> int:
+    """Count the elements of the parameters of which a rank updates at least a part, on the rank
+    with the most.
     """
-    return kept_with_parts(update_groups(sizes, tensor, data), data)
+    found = update_groups(sizes, tensor, data, expert)
+    return sum(kept_with_parts(groups, part.ranks) for part, groups in found)
 
 
 @functools.cache
-def largest_parameter(sizes: ModelConfig, tensor: int) -> int:
-    """Count the elements of the largest trained parameter on one of `tensor` ranks."""
-    return max(map(math.prod, rank_shapes(sizes, tensor).values()))
+def updated_at_once(sizes: ModelConfig, tensor: int, data: int, expert: int = 1) -> float:
+    """Return the elements that a rank updates of the group of which it updates the most."""
+    found = update_groups(sizes, tensor, data, expert)
+    return max(sum(group) / part.ranks for part, groups in found for group in groups)
+
+
+@functools.cache
+def largest_parameter(sizes: ModelConfig, tensor: int, expert: int = 1) -> int:
+    """Count the elements of the largest trained parameter on a rank."""
+    return max(map(math.prod, rank_shapes(sizes, tensor, expert).values()))
+
+
+@functools.cache
+def largest_share(sizes: ModelConfig, tensor: int, data: int, expert: int = 1) -> int:
+    """Count the elements that a rank keeps of a parameter at ZeRO stage 3, of that of which it
+    keeps the most.
+    """
+    return max(
+        math.ceil(count / part.ranks)
+        for part in divisions(sizes, tensor, data, expert)
+        for count, _ in part.parameters
+    )
 
 
 @functools.cache
 def largest_unit(sizes: ModelConfig, tensor: int) -> int:
-    """Count the parameters of the largest unit in which shared weights are gathered."""
+    """Count the parameters of the largest unit in which shared weights are gathered, with all
+    experts.
+    """
     units: dict[str, int] = {}
     for name, shape in rank_shapes(sizes, tensor).items():
         units[unit_of(name)] = units.get(unit_of(name), 0) + math.prod(shape)

@@ -4,7 +4,6 @@ How DeepSpeed 0.19 keeps its parts was found by counting the allocations of torc
 tests/planning/test_memory.py repeats, and those of a dry run.
 """
 
-import math
 from dataclasses import dataclass, replace
 
 from megatron_interbert.config.model import ModelConfig
@@ -17,11 +16,14 @@ from megatron_interbert.planning.layout import (
     Layout,
     Load,
     largest_parameter,
+    largest_share,
     largest_unit,
+    parameters_of,
     partly_updated,
     rank_parameters,
+    share_of_rank,
     targets_of,
-    update_groups,
+    updated_at_once,
 )
 
 FLOAT64 = 8
@@ -75,7 +77,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     the weights is gathered to evaluate (activations of evaluations are left out). With several
     micro-batches the gradients of earlier ones are held when a later pass begins.
     """
-    parameters = rank_parameters(sizes, layout.tensor)
+    parameters = parameters_of(sizes, layout)
+    share = share_of_rank(sizes, layout)
     # the vocabulary table has two gradients: the decoder's and the embedding's
     table = layout.element * sizes.padded_vocab_size * sizes.hidden_size / layout.tensor
     if not targets_of(load)[0]:  # a task without word losses
@@ -84,11 +87,11 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     if layout.shares_nothing:
         held = held_alone(layout, parameters, table)
     elif layout.zero_stage == 3:
-        held = held_in_stage_3(with_live(sizes, layout), parameters)
+        held = held_in_stage_3(with_live(sizes, layout), parameters, share)
     else:
         held = held_in_stages_1_and_2(sizes, layout, table)
     if layout.averaged:
-        average = FP32 * parameters / (1 if layout.zero_stage == 0 else layout.data)
+        average = FP32 * (parameters if layout.zero_stage == 0 else share)
         held = replace(held, optimizer=held.optimizer + average)
     if layout.optimizer_on != ON_DEVICE:
         held = offload_optimizer(held, layout, sizes)
@@ -101,7 +104,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     begin = held.begin + kept + max(again, logits + table)
     evaluating = held.gradients + held.buffers + gathered_to_evaluate(sizes, layout)
     peak = held.weights + held.optimizer + max(begin, held.end + again, held.step, evaluating)
-    copy = layout.copied * parameters / (layout.data if layout.shares_copy else 1)
+    evaluated = rank_parameters(sizes, layout.tensor)  # with all experts
+    copy = layout.copied * evaluated / (layout.data if layout.shares_copy else 1)
     on_host = layout.shares_copy and layout.parameters_on != ON_DEVICE
 
     return Memory(
@@ -142,31 +146,34 @@ def with_live(sizes: ModelConfig, layout: Layout) -> Layout:
     if layout.parameters_on != ON_DISK:
         return layout
 
-    kept = layout.in_memory * layout.data + largest_parameter(sizes, layout.tensor)
+    largest = largest_parameter(sizes, layout.tensor, layout.expert)
+    kept = layout.in_memory * layout.data + largest
     return replace(layout, live=min(layout.live, kept))
 
 
-def held_in_stage_3(layout: Layout, parameters: int) -> Held:
-    """Return what a rank holds at ZeRO stage 3; gradients stay allocated after a step.
+def held_in_stage_3(layout: Layout, parameters: int, elements: float) -> Held:
+    """Return what a rank holds at ZeRO stage 3, where it keeps the state of `elements` of its
+    `parameters`; gradients stay allocated after a step.
 
     A secondary part of a weight exists from its first release to the end of the step.
     """
-    share = layout.element * parameters / layout.data
+    share = layout.element * elements
     again = layout.element * parameters / layout.secondary if layout.secondary else 0.0
     released = max(0.0, 1 - layout.live / parameters)  # share of the weights, before the end
     bucket = layout.element * min(parameters, layout.bucket)
+    at_once = min(1.0, layout.sub_group / parameters)  # share that is updated
     gathered = layout.element * min(parameters, layout.live)
     received = layout.element * min(parameters, layout.prefetch)
     kept = share + bucket  # gradients and their buffer
 
     return Held(
         weights=share,
-        optimizer=(FP32 + ADAM) * parameters / layout.data,
+        optimizer=(FP32 + ADAM) * elements,
         gradients=share,
         buffers=bucket,
         begin=kept + again * released + (gathered + received if layout.data > 1 else 0.0),
         end=kept + again * (released > 0) + gathered + bucket,
-        step=kept + again + updated_bytes(layout, min(parameters, layout.sub_group)),
+        step=kept + again + updated_bytes(layout, elements * at_once),
     )
 
 
@@ -177,12 +184,11 @@ def held_in_stages_1_and_2(sizes: ModelConfig, layout: Layout, table: float) -> 
     place, and at stage 2 keeps no others. There this place is reserved when the first bucket is
     full, with nearly all activations still held. For offload see `offload_optimizer`.
     """
-    parameters = rank_parameters(sizes, layout.tensor)
+    parameters = parameters_of(sizes, layout)
     whole = layout.element * parameters
-    copied = layout.element * partly_updated(sizes, layout.tensor, layout.data)
+    copied = layout.element * partly_updated(*divided(sizes, layout))
     bucket = layout.element * min(parameters, layout.bucket)
     gradients = whole if layout.zero_stage == 1 else copied
-    groups = update_groups(sizes, layout.tensor, layout.data)
     several = parameters > layout.bucket
     # the gradients of a full bucket are joined while the next one is filled
     joined = bucket if several else 0.0
@@ -190,12 +196,12 @@ def held_in_stages_1_and_2(sizes: ModelConfig, layout: Layout, table: float) -> 
 
     return Held(
         weights=whole,
-        optimizer=(FP32 + ADAM) * parameters / layout.data,
+        optimizer=(FP32 + ADAM) * share_of_rank(sizes, layout),
         gradients=gradients,
         buffers=bucket + joined,
         begin=bucket + joined + (gradients if layout.accumulates or reserved else 0.0),
         end=gradients + bucket + joined + (table + copied) * (layout.zero_stage == 1),
-        step=gradients + updated_bytes(layout, max(map(sum, groups))),
+        step=gradients + updated_bytes(layout, updated_at_once(*divided(sizes, layout))),
     )
 
 
@@ -204,19 +210,19 @@ def offload_optimizer(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     disk. Found in DeepSpeed's code and by dry runs: at stages 1 and 2 each gradient of what the
     rank updates goes to the host as it is reduced.
     """
-    largest = largest_parameter(sizes, layout.tensor)
-    share = rank_parameters(sizes, layout.tensor) / layout.data
+    largest = largest_parameter(sizes, layout.tensor, layout.expert)
+    share = share_of_rank(sizes, layout)
     passed = layout.element * share  # gradients at stage 3, weights below, on their way
     state = (2 * FP32 + ADAM) * share  # with the gradients of the update
     average = held.optimizer - (FP32 + ADAM) * share  # of the weights, if one is kept
     found = replace(held, optimizer=0.0, step=0.0, host=passed + average)
 
     if layout.zero_stage == 3:
-        in_norm = FLOAT64 * min(largest / layout.data, NORM_AT_ONCE)
+        in_norm = FLOAT64 * min(largest_share(*divided(sizes, layout)), NORM_AT_ONCE)
         end = held.end - passed + in_norm
         found = replace(found, gradients=0.0, begin=held.begin - passed, end=end)
     else:
-        copied = layout.element * partly_updated(sizes, layout.tensor, layout.data)
+        copied = layout.element * partly_updated(*divided(sizes, layout))
         in_norm = FLOAT64 * min(largest, NORM_AT_ONCE)
         end = held.end - copied
         found = replace(found, end=end + in_norm, host=found.host + FP32 * largest)
@@ -244,9 +250,8 @@ def offload_parameters(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
     """Return what a rank holds if its share of the weights is on its host, or on its disk."""
     found = replace(held, weights=0.0)
     if layout.parameters_on == ON_DISK:
-        largest = largest_parameter(sizes, layout.tensor)
-        each = layout.parameter_buffer or math.ceil(largest / layout.data)
-        share = rank_parameters(sizes, layout.tensor) / layout.data
+        each = layout.parameter_buffer or largest_share(*divided(sizes, layout))
+        share = share_of_rank(sizes, layout)
         at_once = layout.parameter_buffers * each + min(share, layout.in_memory)
         if share > layout.in_memory:  # a group of the update on its way to the disk
             at_once += min(share, layout.sub_group)
@@ -254,6 +259,11 @@ def offload_parameters(held: Held, layout: Layout, sizes: ModelConfig) -> Held:
         return replace(found, host=held.host + at_once, disk=held.disk + held.weights)
 
     return replace(found, host=held.host + held.weights)
+
+
+def divided(sizes: ModelConfig, layout: Layout) -> tuple[ModelConfig, int, int, int]:
+    """Return the arguments of functions on how a layout divides parameters."""
+    return sizes, layout.tensor, layout.data, layout.expert
 
 
 def gathered_to_evaluate(sizes: ModelConfig, layout: Layout) -> float:
@@ -269,11 +279,11 @@ def gathered_to_evaluate(sizes: ModelConfig, layout: Layout) -> float:
     return layout.copied * (stays + (unit if layout.data > 1 else 0))
 
 
-def updated_bytes(layout: Layout, at_once: int) -> float:
-    """Return the bytes of a rank's part of the gradients of the parameters that are updated at
+def updated_bytes(layout: Layout, at_once: float) -> float:
+    """Return the bytes of the gradients of a rank's part of the parameters that are updated at
     once: joined, and converted to fp32 unless they are in fp32 already.
     """
-    return at_once / layout.data * (layout.element + FP32 if layout.half else layout.element)
+    return at_once * (layout.element + FP32 if layout.half else layout.element)
 
 
 def largest_micro_batch(

@@ -18,10 +18,11 @@ from megatron_interbert.planning.layout import (
     ON_DEVICE,
     ON_DISK,
     Layout,
-    rank_parameters,
+    parameters_of,
+    share_of_rank,
     update_groups,
 )
-from megatron_interbert.planning.traffic import data_traffic, tensor_traffic
+from megatron_interbert.planning.traffic import data_traffic, expert_traffic, tensor_traffic
 
 # bytes that an update moves per parameter of a rank's share: weight, moments and gradient are read
 # and written, the weights of the passes written
@@ -80,8 +81,9 @@ MACHINES = {
 
 @dataclass(frozen=True)
 class StepTime:
-    """Hold the seconds of a step: passes, communication of tensor-parallel and data-parallel
-    groups (what is not hidden), update, and what offload moves to and from host and disk.
+    """Hold the seconds of a step: passes, communication of tensor-parallel, data-parallel and
+    expert-parallel groups (what is not hidden), update, and what offload moves to and from host and
+    disk.
     """
 
     compute: float
@@ -89,11 +91,13 @@ class StepTime:
     data: float
     update: float
     offload: float = 0.0
+    expert: float = 0.0
 
     @property
     def total(self) -> float:
         """Return the seconds of the step."""
-        return self.compute + self.tensor + self.data + self.update + self.offload
+        passes = self.compute + self.tensor + self.expert
+        return passes + self.data + self.update + self.offload
 
 
 def step_time(
@@ -105,9 +109,9 @@ def step_time(
     products = flops / layout.tensor / (machine.tflops * 1e12 * machine.efficiency)
     others = sum(other_bytes(sizes, layout, tokens) for tokens in micro_batches)
     compute = products + others / (machine.memory_gb_s * 1e9)
-    share = rank_parameters(sizes, layout.tensor)
-    copied = 0 if layout.shares_nothing else ENGINE_PASSES * layout.element * share
-    share /= 1 if layout.zero_stage == 0 else layout.data
+    parameters = parameters_of(sizes, layout)
+    copied = 0 if layout.shares_nothing else ENGINE_PASSES * layout.element * parameters
+    share = parameters if layout.zero_stage == 0 else share_of_rank(sizes, layout)
     updated_at = machine.memory_gb_s if layout.optimizer_on == ON_DEVICE else machine.host_gb_s
 
     return StepTime(
@@ -116,6 +120,7 @@ def step_time(
         data_seconds(sizes, layout, len(micro_batches), machine) * (1 - machine.overlap),
         copied / (machine.memory_gb_s * 1e9) + UPDATE_BYTES * share / (updated_at * 1e9),
         offload_seconds(layout, share, len(micro_batches), machine),
+        expert_seconds(sizes, layout, micro_batches, machine),
     )
 
 
@@ -171,22 +176,40 @@ def tensor_seconds(
     return total + len(micro_batches) * calls * hops(ranks) * machine.latency
 
 
-def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine: Machine) -> float:
-    """Return the seconds of a step's collectives among data-parallel ranks."""
-    ranks = layout.data
+def expert_seconds(
+    sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens], machine: Machine
+) -> float:
+    """Return the seconds of a step's exchanges among expert-parallel ranks: neighbours."""
+    ranks = layout.expert
     if ranks == 1:
         return 0.0
 
-    inside = layout.tensor * ranks <= machine.per_node
+    # of all rows, those for experts on other nodes pass the network
+    away = max(0.0, 1 - machine.per_node / ranks)
+    given = sum(sum(expert_traffic(sizes, layout, t).values()) for t in micro_batches)
+    inside = given * (1 - 1 / ranks - away) / (machine.link_gb_s * 1e9)
+    layers = sum(getattr(sizes, f"{s}_layers") for s in sizes.STACKS if sizes.has_experts(s))
+    calls = len(micro_batches) * layers * (8 if layout.recompute else 5)
+
+    return inside + given * away / (machine.network_gb_s * 1e9) + calls * ranks * machine.latency
+
+
+def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine: Machine) -> float:
+    """Return the seconds of a step's collectives among ranks that share the state of parameters."""
+    ranks = max(layout.data, layout.expert_data)
+    if ranks == 1:
+        return 0.0
+
+    inside = layout.tensor * layout.data <= machine.per_node
     bandwidth = machine.link_gb_s if inside else machine.network_gb_s
-    parameters = rank_parameters(sizes, layout.tensor)
-    calls = math.ceil(parameters / layout.bucket) + updates(sizes, layout)
+    members = {"data": layout.data, "expert_data": layout.expert_data}
+    calls = math.ceil(parameters_of(sizes, layout) / layout.bucket) + updates(sizes, layout)
     moved = 0.0
     for (operation, group), count in data_traffic(sizes, layout, micro_batches).items():
         if group == "secondary":  # the ranks of a node
             moved += machine.seconds(operation, count, layout.secondary, machine.link_gb_s)
         else:
-            moved += machine.seconds(operation, count, ranks, bandwidth)
+            moved += machine.seconds(operation, count, members[group], bandwidth)
 
     return moved + calls * hops(ranks) * machine.latency
 
@@ -194,9 +217,10 @@ def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine
 def updates(sizes: ModelConfig, layout: Layout) -> int:
     """Count the groups of parameters that a step updates one after another."""
     if layout.zero_stage < 3:
-        return len(update_groups(sizes, layout.tensor, layout.data))
+        found = update_groups(sizes, layout.tensor, layout.data, layout.expert)
+        return sum(len(groups) for _, groups in found)
 
-    return math.ceil(rank_parameters(sizes, layout.tensor) / layout.sub_group)
+    return math.ceil(parameters_of(sizes, layout) / layout.sub_group)
 
 
 def hops(ranks: int) -> int:

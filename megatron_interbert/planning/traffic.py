@@ -12,10 +12,10 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.flops import Tokens
 from megatron_interbert.planning.layout import (
     FP32,
+    Division,
     Layout,
     Load,
-    rank_parameters,
-    rank_shapes,
+    parameters_of,
     targets_of,
     update_groups,
 )
@@ -25,7 +25,8 @@ INT64 = 8
 LOSSES = 3
 VECTORS = 3  # replicated parameters of a norm, whose gradients are summed where rows are split
 
-# (operation, group) -> bytes; operations are all_reduce, all_gather and reduce_scatter
+# (operation, group) -> bytes; operations are all_reduce, all_gather, reduce_scatter and alltoall;
+# groups are tensor, data, secondary, expert and expert_data
 Traffic = Counter[tuple[str, str]]
 
 
@@ -54,10 +55,30 @@ def step_traffic(sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens]
     if layout.tensor > 1:
         for tokens in micro_batches:
             found += tensor_traffic(sizes, layout, tokens)
-        found["all_reduce", "tensor"] += 2 * FLOAT64  # the norm
+        found["all_reduce", "tensor"] += 3 * FLOAT64  # the norm
 
-    if layout.data > 1:
-        found += data_traffic(sizes, layout, len(micro_batches))
+    if layout.expert > 1:
+        for tokens in micro_batches:
+            found += expert_traffic(sizes, layout, tokens)
+    found += data_traffic(sizes, layout, len(micro_batches))
+
+    return found
+
+
+def expert_traffic(sizes: ModelConfig, layout: Layout, tokens: Tokens) -> Traffic:
+    """Return the bytes in the expert-parallel group of one micro-batch: rows to their experts and
+    back, forward (again in recomputation) and backward, if all experts have the same load.
+    """
+    hidden = sizes.hidden_size * layout.element
+    passes = 3 if layout.recompute else 2
+    found: Traffic = Counter()
+
+    for stack, (layers, count, _, read) in zip(sizes.STACKS, tokens.stacks(sizes), strict=True):
+        if not sizes.has_experts(stack) or not layers:
+            continue
+        rows = count * layers if read is None else count * (layers - 1) + read
+        found["alltoall", "expert"] += 2 * passes * sizes.prototypes * hidden * rows / layout.tensor
+        found["alltoall", "expert"] += (passes - 1) * layers * INT64 * sizes.experts  # counts
 
     return found
 
@@ -113,43 +134,56 @@ def split_rows_traffic(
 
 
 def data_traffic(sizes: ModelConfig, layout: Layout, micro_batches: int) -> Traffic:
-    """Return the bytes in the data-parallel group of a step."""
-    parameters = rank_parameters(sizes, layout.tensor)
-    gradients = layout.element * parameters
+    """Return the bytes of a step in the data-parallel group, and in the expert-data group."""
     found: Traffic = Counter()
-    found["all_reduce", "data"] += LOSSES * FLOAT64  # the targets of the step
+    if layout.data > 1:
+        found["all_reduce", "data"] += LOSSES * FLOAT64  # the targets of the step
+        norms = 3 if layout.zero_stage in (1, 2) else 2  # of each kind of parameter, or its flag
+        found["all_reduce", "data"] += (layout.zero_stage > 0) * norms * FLOAT64
 
-    if layout.zero_stage == 0:
-        found["all_reduce", "data"] += gradients
-    elif layout.zero_stage < 3:
-        reductions = micro_batches if layout.zero_stage == 2 else 1
-        found["all_reduce", "data"] += reductions * gradients + 2 * FLOAT64  # and the norm
-        found["all_gather", "data"] += layout.element * sum(shares_of_groups(sizes, layout))
-    else:
-        share = layout.element * sum(shares_of_parameters(sizes, layout))
-        # what was released after its forward pass is gathered once more
-        gathers = micro_batches * (1 + max(0, parameters - layout.live) / parameters)
-        found["all_reduce", "data"] += 2 * FLOAT64  # the norm, and whether it is finite
-        found["reduce_scatter", "data"] += micro_batches * layout.data * share
-        if layout.secondary:
-            whole = share * layout.data
-            found["all_gather", "data"] += share
-            found["all_gather", "secondary"] += (gathers - 1) * whole / layout.secondary
-        else:
-            found["all_gather", "data"] += gathers * share
+    for part, groups in update_groups(sizes, layout.tensor, layout.data, layout.expert):
+        if part.ranks > 1:
+            parameters = parameters_of(sizes, layout)
+            found += state_traffic(part, groups, parameters, layout, micro_batches)
 
     return found
 
 
-def shares_of_groups(sizes: ModelConfig, layout: Layout) -> list[int]:
+def state_traffic(
+    part: Division,
+    groups: list[list[int]],
+    parameters: int,
+    layout: Layout,
+    micro_batches: int,
+) -> Traffic:
+    """Return the bytes of gradients and weights of a part of a rank's `parameters`."""
+    group = part.group
+    gradients = layout.element * part.elements
+    found: Traffic = Counter()
+
+    if layout.shares_nothing:  # on one data-parallel rank the gradients of experts are summed last
+        found["all_reduce", group] += gradients if layout.data > 1 else FP32 * part.elements
+    elif layout.zero_stage < 3:
+        reductions = micro_batches if layout.zero_stage == 2 else 1
+        found["all_reduce", group] += reductions * gradients
+        found["all_gather", group] += layout.element * sum(shares_of_groups(groups, part.ranks))
+    else:
+        share = layout.element * sum(math.ceil(count / part.ranks) for count, _ in part.parameters)
+        # what was released after its forward pass is gathered once more
+        gathers = micro_batches * (1 + max(0, parameters - layout.live) / parameters)
+        found["reduce_scatter", group] += micro_batches * part.ranks * share
+        if layout.secondary:
+            whole = share * part.ranks
+            found["all_gather", group] += share
+            found["all_gather", "secondary"] += (gathers - 1) * whole / layout.secondary
+        else:
+            found["all_gather", group] += gathers * share
+
+    return found
+
+
+def shares_of_groups(groups: list[list[int]], ranks: int) -> list[int]:
     """Return the elements that a rank updates of each of the optimizer's groups, with padding: a
     group is cut into equal parts of an even number of elements.
     """
-    groups = update_groups(sizes, layout.tensor, layout.data)
-    return [2 * math.ceil(sum(group) / (2 * layout.data)) for group in groups]
-
-
-def shares_of_parameters(sizes: ModelConfig, layout: Layout) -> list[int]:
-    """Return the elements that a rank keeps of each parameter at ZeRO stage 3, with padding."""
-    shapes = rank_shapes(sizes, layout.tensor).values()
-    return [math.ceil(math.prod(shape) / layout.data) for shape in shapes]
+    return [2 * math.ceil(sum(group) / (2 * ranks)) for group in groups]

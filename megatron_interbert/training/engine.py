@@ -15,11 +15,12 @@ from torch import nn
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.planning.layout import BUCKET, SUB_GROUP, update_size
+from megatron_interbert.planning.layout import BUCKET, SUB_GROUP, Division, update_size
 from megatron_interbert.training.deepspeed_config import blocks_on_disk, merge, zero_settings
 from megatron_interbert.training.ema import AveragedWeights
 from megatron_interbert.training.expert_hooks import announce_experts, has_expert_tags
 from megatron_interbert.training.optimizer import (
+    decays,
     elements,
     parameter_groups,
     set_learning_rate,
@@ -67,9 +68,15 @@ def updated_at_once(model: nn.Module, config: TrainConfig, state: ParallelState)
     if config.zero_stage == 3:
         return SUB_GROUP
 
-    parameters = [(p.numel(), p.dim() > 1) for p in model.parameters()]
+    kinds: dict[bool, list[tuple[int, bool]]] = {False: [], True: []}
+    for name, parameter in model.named_parameters():
+        kinds[has_expert_tags(parameter)].append((parameter.numel(), decays(name, parameter)))
 
-    return update_size(parameters, state.data_size)
+    parts = [Division(tuple(kinds[False]), state.data_size)]
+    if kinds[True]:
+        parts.append(Division(tuple(kinds[True]), state.expert_data_size))
+
+    return update_size(parts)
 
 
 def partition_size(parameter: nn.Parameter, state: ParallelState) -> int:

@@ -51,6 +51,7 @@ def layout_of(config: TrainConfig, data_parallel_size: int, kernels: Kernels) ->
     return Layout(
         data=data_parallel_size,
         tensor=config.tensor_model_parallel_size,
+        expert=config.expert_parallel_size,
         zero_stage=config.zero_stage,
         half=config.bf16 or config.fp16,
         fused=kernels.fused,

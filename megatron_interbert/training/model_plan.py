@@ -34,7 +34,7 @@ class ModelPlan:
     kernels: Kernels
     seed: int
     recompute: bool
-    rule: RoutingRule
+    rule: RoutingRule | None = None
 
     def make(self, streams: RandomStreams | None = None) -> InterBert:
         """Build the model to train; see model/construction.py for its memory."""

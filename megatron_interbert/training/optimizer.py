@@ -35,16 +35,14 @@ def parameter_groups(
     open_groups: dict[tuple[bool, bool, bool], dict] = {}
 
     for name, parameter in model.named_parameters():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        decays = len(shape) > 1 and not name.endswith("bias")  # experts' biases are matrices
         slow = name in pretrained and config.pretrained_lr_scale != 1.0
-        kind = (decays, slow, has_expert_tags(parameter))
+        kind = (decays(name, parameter), slow, has_expert_tags(parameter))
         group = open_groups.get(kind)
 
         if group is None or elements(group["params"]) >= most:
             group = {
                 "params": [],
-                "weight_decay": config.weight_decay if decays else 0.0,
+                "weight_decay": config.weight_decay if kind[0] else 0.0,
                 "lr": config.lr,
                 "lr_scale": config.pretrained_lr_scale if slow else 1.0,
             }
@@ -56,6 +54,12 @@ def parameter_groups(
         group["params"].append(parameter)
 
     return groups
+
+
+def decays(name: str, parameter: nn.Parameter) -> bool:
+    """Check whether weight decay applies to a parameter; the biases of experts are matrices too."""
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    return len(shape) > 1 and not name.endswith("bias")
 
 
 def elements(parameters: Iterable[nn.Parameter]) -> int:

@@ -5,11 +5,15 @@ element of each parameter once.
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
+from megatron_interbert.model.partition import is_expert
 from megatron_interbert.training.fragments import Outline
 from megatron_interbert.virtual.rank import Rehearsal
 from megatron_interbert.virtual.tracking import Collective
+
+UNEVEN = "alltoall"  # the collective in which ranks contribute different numbers of elements
 
 
 def find_hang(rehearsals: Sequence[Rehearsal]) -> str:
@@ -21,7 +25,7 @@ def find_hang(rehearsals: Sequence[Rehearsal]) -> str:
     """
     members: dict[Group, list[Rehearsal]] = defaultdict(list)
     for one in rehearsals:
-        for kind in ("tensor", "data", "secondary", "world"):
+        for kind in ("tensor", "data", "secondary", "expert", "expert_data", "world"):
             members[group_of(one, kind)].append(one)
 
     done = {one.rank: 0 for one in rehearsals}
@@ -50,7 +54,14 @@ Group = tuple[str, int]  # (kind, what its members have in common)
 
 def group_of(one: Rehearsal, kind: str) -> Group:
     """Return the group of a kind that a rank is in."""
-    common = {"tensor": one.data_rank, "data": one.tensor_rank, "secondary": one.secondary_group}
+    common = {
+        "tensor": one.data_rank,
+        "data": one.tensor_rank,
+        "secondary": one.secondary_group,
+        "expert": one.expert_data_rank,
+        "expert_data": one.expert_rank,
+    }
+
     return kind, common.get(kind, 0)
 
 
@@ -64,7 +75,8 @@ def differing(heads: Mapping[int, Collective]) -> str:
     """Describe two ranks in one collective that do not agree on it; "" if all do."""
     first, ours = next(iter(heads.items()))
     for rank, theirs in heads.items():
-        if theirs != ours:
+        uneven = ours.operation == theirs.operation == UNEVEN  # ranks send what they have
+        if theirs != (replace(ours, elements=theirs.elements) if uneven else ours):
             return f"rank {first} calls {told(ours)}, rank {rank} {told(theirs)}"
 
     return ""
@@ -101,13 +113,20 @@ def missing_or_double(
     tensor-parallel slice.
     """
     runs: dict[tuple[int, str], list[tuple[int, int]]] = defaultdict(list)
+    of_experts: dict[str, Sequence[int]] = {}
+
     for (tensor_rank, _), outline in outlines.items():
         for piece in outline:
+            if is_expert(piece.name):  # files have all experts in one line
+                of_experts[piece.name] = piece.shape
+                tensor_rank = 0
             runs[tensor_rank, piece.name].append((piece.start, piece.start + piece.length))
 
     for tensor_rank in sorted({place[0] for place in outlines}):
         for name, shape in shapes.items():
-            whole = math.prod(shape)
+            if is_expert(name) and tensor_rank:
+                continue
+            whole = math.prod(of_experts.get(name, shape))
             found = sorted(runs[tensor_rank, name])
             borders = [(0, 0), *found, (whole, whole)]
             for (_, end), (start, _) in pairwise(borders):

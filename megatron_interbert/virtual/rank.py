@@ -36,8 +36,9 @@ from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.fragments import FragmentedState, Outline
 from megatron_interbert.training.micro_batch import load_of
 from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.training.routing_health import RoutingHealth
 from megatron_interbert.training.swap import swap_in_folder
-from megatron_interbert.virtual.stand_ins import nvme_without_disk
+from megatron_interbert.virtual.stand_ins import balanced_experts, nvme_without_disk
 from megatron_interbert.virtual.tracking import Collective, Tracker
 
 HERE = torch.device("cpu")
@@ -53,6 +54,8 @@ class Rehearsal:
     rank: int
     tensor_rank: int
     data_rank: int
+    expert_rank: int
+    expert_data_rank: int
     sizes: ModelConfig
     shapes: dict[str, tuple[int, ...]]  # of the parameters' tensor-parallel slices
     kernels: Kernels
@@ -75,8 +78,14 @@ class VirtualState(ParallelState):
     def names(self) -> dict[str, str]:
         """Return the name of each group by torch's name of it."""
         return {
-            self.tensor_group.group_name: "tensor",
-            self.data_group.group_name: "data",
+            group.group_name: name
+            for name, group in (
+                ("tensor", self.tensor_group),
+                ("data", self.data_group),
+                ("expert", self.expert_group),
+                ("expert_data", self.expert_data_group),
+            )
+            if group is not None
         }
 
 
@@ -138,11 +147,13 @@ def rehearse(
     names = plan.without_memory()
     shapes = {name: tuple(parameter.shape) for name, parameter in names.named_parameters()}
     place = (state.rank, state.tensor_rank, state.data_rank)
+    place += (state.expert_rank, state.expert_data_rank)
     found = Rehearsal(*place, job.model_config, shapes, plan.kernels)
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank)
 
     with (
         nvme_without_disk() as folder,
+        balanced_experts(),
         without_values() as mode,
         Tracker(state.names) as tracker,
     ):
@@ -186,9 +197,12 @@ def run_step(
     counts = torch.stack([job.task.count_targets(batch) for batch in micro_batches]).sum(dim=0)
     totals = engine.state.sum_over_data(counts)
     streams.start_step(1)
+    routing = RoutingHealth(engine.config, job.model_config, engine.state)
 
     for number, batch in enumerate(micro_batches):
-        loss, _ = job.task.loss(engine.forward(batch), batch, totals)
+        output = engine.forward(batch)
+        loss = job.task.loss(output, batch, totals)[0] + routing.loss(output)
+        del output
         engine.backward(loss, last=number == len(micro_batches) - 1)
         del loss
 

@@ -2,7 +2,8 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -11,6 +12,7 @@ import torch
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from megatron_interbert.kernels import choice
+from megatron_interbert.parallel import exchange
 from megatron_interbert.training import update
 
 
@@ -74,6 +76,25 @@ class Disk:
         self.pending = 0
 
         return completed
+
+
+@contextlib.contextmanager
+def balanced_experts() -> Iterator[None]:
+    """Let every expert get an equal number of tokens within the context: routers choose by content,
+    which virtual ranks do not have.
+    """
+    with mock.patch.object(exchange, "on_host", evenly):
+        yield
+
+
+def evenly(sizes: Sequence[torch.Tensor], most: int) -> list[list[int]]:
+    """Return vectors of the same lengths as `sizes`, with `most` rows divided evenly over each."""
+    found = []
+    for vector in sizes:
+        ends = [most * place // len(vector) for place in range(len(vector) + 1)]
+        found.append([end - start for start, end in pairwise(ends)])
+
+    return found
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ NAMES = {
     "allreduce_": "all_reduce",
     "_allgather_base_": "all_gather",
     "_reduce_scatter_base_": "reduce_scatter",
+    "alltoall_base_": "alltoall",
 }
 
 

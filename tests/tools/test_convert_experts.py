@@ -48,7 +48,8 @@ def test_experts_go_everywhere_and_come_back(tmp_path, monkeypatch, capsys):
         *(tmp_path / "start", "--to", "huggingface", "--output", tmp_path / "hf", "--verify"),
     )
     printed = capsys.readouterr().out
-    assert "verify itm_logits: largest difference 0\n" in printed, printed
+    assert "verify image_hidden: largest difference 0\n" in printed, printed
+    assert "verify msm_logits: largest difference 0\n" in printed, printed
     names = load_file(tmp_path / "hf" / "model.safetensors")
     one = "interbert.interaction.layers.1.mlp.experts.5.up.weight"
     assert torch.equal(names[one], state["interaction.layers.1.mlp.experts.up.weight"][5])
