@@ -275,8 +275,8 @@ def announce(config: DryRunConfig) -> str:
     return (
         f"rehearsing {len(config.chosen_ranks())} of {config.world_size} ranks:"
         f" DP{config.data_parallel_size} x TP{tensor}{shared}{divided},"
-        f" ZeRO-{config.zero_stage}{offload}, {precision}, {config.kernels} kernels{recomputed}; micro-batch"
-        f" {config.micro_batch_size}, global batch {config.global_batch_size}"
+        f" ZeRO-{config.zero_stage}{offload}, {precision}, {config.kernels} kernels{recomputed};"
+        f" micro-batch {config.micro_batch_size}, global batch {config.global_batch_size}"
     )
 
 

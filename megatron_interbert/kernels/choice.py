@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.kernels import attention, cpu_ops, grouped, plain
+from megatron_interbert.kernels import attention, cpu_ops, plain
 from megatron_interbert.kernels.fit import OLDEST, WIDEST, Gpu, gpu_of, tile_bytes, tile_for
+from megatron_interbert.kernels.grouped import OneByOne, Together
 from megatron_interbert.kernels.products import (
     Float8Products,
     PlainProducts,
@@ -36,7 +38,7 @@ class Kernels:
     vocab_statistics: Callable[..., tuple[torch.Tensor, ...]] = plain.vocab_statistics
     vocab_gradient: Callable[..., torch.Tensor] = plain.vocab_gradient
     products: type = PlainProducts
-    grouped: Callable[..., torch.Tensor] = grouped.one_by_one  # products of experts
+    grouped: type = OneByOne  # products of experts
     row_multiple: int = 1  # token rows of a stack of layers are padded to a multiple of this
     remarks: tuple[str, ...] = ()
 
@@ -77,6 +79,8 @@ def choose_kernels(
     if fp8:
         check_float8(device)
         kernels = replace(kernels, products=Float8Products)
+    elif device.type == "cuda" and dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+        kernels = replace(kernels, grouped=Together)
 
     if not kernels.fused or device.type != "cuda":  # not Triton's, or in its interpreter
         return kernels

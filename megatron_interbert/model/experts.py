@@ -14,6 +14,7 @@ from torch import nn
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.gather import gather_rows
+from megatron_interbert.kernels.grouped import grouped_linear
 from megatron_interbert.model.router import (
     Choice,
     Router,
@@ -54,7 +55,8 @@ class ExpertLinear(nn.Module):
             self.bias = state.expert_parameter(experts, out_features)
 
     def forward(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        y = self.kernels.grouped(x, self.weight, counts, self.kernels.products)
+        by = (self.kernels.grouped, self.kernels.products)
+        y = grouped_linear(x, self.weight, counts, *by)
         if self.activation is None:
             return y
 

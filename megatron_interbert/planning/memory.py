@@ -87,7 +87,8 @@ def predict(sizes: ModelConfig, layout: Layout, load: Load) -> Memory:
     if layout.shares_nothing:
         held = held_alone(layout, parameters, table)
     elif layout.zero_stage == 3:
-        held = held_in_stage_3(with_live(sizes, layout), parameters, share)
+        largest = largest_parameter(sizes, layout.tensor, layout.expert)
+        held = held_in_stage_3(with_live(sizes, layout), parameters, share, largest)
     else:
         held = held_in_stages_1_and_2(sizes, layout, table)
     if layout.averaged:
@@ -151,9 +152,9 @@ def with_live(sizes: ModelConfig, layout: Layout) -> Layout:
     return replace(layout, live=min(layout.live, kept))
 
 
-def held_in_stage_3(layout: Layout, parameters: int, elements: float) -> Held:
+def held_in_stage_3(layout: Layout, parameters: int, elements: float, largest: int) -> Held:
     """Return what a rank holds at ZeRO stage 3, where it keeps the state of `elements` of its
-    `parameters`; gradients stay allocated after a step.
+    `parameters`, of which `largest` are one; gradients stay allocated after a step.
 
     A secondary part of a weight exists from its first release to the end of the step.
     """
@@ -163,7 +164,8 @@ def held_in_stage_3(layout: Layout, parameters: int, elements: float) -> Held:
     bucket = layout.element * min(parameters, layout.bucket)
     at_once = min(1.0, layout.sub_group / parameters)  # share that is updated
     gathered = layout.element * min(parameters, layout.live)
-    received = layout.element * min(parameters, layout.prefetch)
+    at_a_time = max(layout.prefetch, largest) if layout.prefetch else 0
+    received = layout.element * min(parameters, at_a_time)
     kept = share + bucket  # gradients and their buffer
 
     return Held(

@@ -55,7 +55,8 @@ def step_traffic(sizes: ModelConfig, layout: Layout, micro_batches: list[Tokens]
     if layout.tensor > 1:
         for tokens in micro_batches:
             found += tensor_traffic(sizes, layout, tokens)
-        found["all_reduce", "tensor"] += 3 * FLOAT64  # the norm
+        by_us = layout.zero_stage < 3 or layout.shares_nothing
+        found["all_reduce", "tensor"] += (3 if by_us else 2) * FLOAT64  # the norm
 
     if layout.expert > 1:
         for tokens in micro_batches:
@@ -91,25 +92,52 @@ def tensor_traffic(sizes: ModelConfig, layout: Layout, tokens: Tokens) -> Traffi
     # largest logit and index, sum of exponentials and own logit of each masked word
     found["all_reduce", "tensor"] += tokens.words * (3 * FP32 + INT64)
 
-    for layers, count, _, read in tokens.stacks(sizes):
+    for stack, (layers, count, _, read) in zip(sizes.STACKS, tokens.stacks(sizes), strict=True):
         if not layers:
             continue
+        dense = not sizes.has_experts(stack)
         if layout.sequence_parallel:
-            found += split_rows_traffic(layers, count, read, hidden, layout)
+            found += split_rows_traffic(layers, count, read, hidden, layout, dense)
         else:
-            # attention and MLP, forward (again in recomputation) and backward
-            each = 6 if layout.recompute else 4
+            # attention and, if it is dense, the MLP, forward (again in recomputation) and backward
+            passes = 3 if layout.recompute else 2
+            each = 2 * passes if dense else passes
             whole = layers if read is None else layers - 1
             last = 0.0 if read is None else count + (each - 1) * read
             found["all_reduce", "tensor"] += hidden * (each * whole * count + last)
+        if not dense:
+            found += own_rows_traffic(sizes, layers, count, read, hidden, layout)
+
+    return found
+
+
+def own_rows_traffic(
+    sizes: ModelConfig,
+    layers: int,
+    count: float,
+    read: float | None,
+    hidden: float,
+    layout: Layout,
+) -> Traffic:
+    """Return the bytes by which the ranks of a stack with experts divide rows, of which each sends
+    its own to their experts, and sum the gradients of routers.
+    """
+    found: Traffic = Counter()
+    found["all_reduce", "tensor"] += layers * hidden * sizes.experts
+    if not layout.sequence_parallel:  # the results forward, gradients backward
+        own = [math.ceil(rows / layout.tensor) for rows in (count, count if read is None else read)]
+        passes = 3 if layout.recompute else 2
+        found["all_gather", "tensor"] += passes * hidden * (own[0] * (layers - 1) + own[1])
 
     return found
 
 
 def split_rows_traffic(
-    layers: int, count: float, read: float | None, hidden: float, layout: Layout
+    layers: int, count: float, read: float | None, hidden: float, layout: Layout, dense: bool
 ) -> Traffic:
-    """Return the bytes of a stack whose token rows are split over the ranks."""
+    """Return the bytes of a stack whose token rows are split over the ranks; `dense`: with MLPs,
+    else with experts, for which rows stay split.
+    """
     ranks = layout.tensor
     rows = count + ranks - count % ranks  # at least one empty row
     again = 1 if layout.recompute else 0
@@ -117,16 +145,20 @@ def split_rows_traffic(
     gathered = hidden * rows / ranks
     whole = layers if read is None else layers - 1
 
-    found["all_gather", "tensor"] += whole * (6 + 2 * again) * gathered
-    found["reduce_scatter", "tensor"] += whole * (4 + 2 * again) * hidden * rows
+    parts = 2 if dense else 1  # attention and MLP
+    found["all_gather", "tensor"] += parts * whole * (3 + again) * gathered
+    found["reduce_scatter", "tensor"] += parts * whole * (2 + again) * hidden * rows
     found["all_gather", "tensor"] += gathered  # the split at the start, backward
     if read is None:
         found["all_gather", "tensor"] += gathered  # the join at the end
     else:
         kept = math.ceil(read / ranks) * ranks
         part = hidden * kept / ranks
-        found["all_gather", "tensor"] += (3 + 2 * again) * gathered + (5 + again) * part
-        found["reduce_scatter", "tensor"] += 2 * hidden * rows + (3 + 2 * again) * hidden * kept
+        found["all_gather", "tensor"] += (3 + 2 * again) * gathered + 2 * part
+        found["reduce_scatter", "tensor"] += 2 * hidden * rows + (1 + again) * hidden * kept
+        if dense:
+            found["all_gather", "tensor"] += (3 + again) * part
+            found["reduce_scatter", "tensor"] += (2 + again) * hidden * kept
 
     found["all_reduce", "tensor"] += layers * 2 * VECTORS * hidden
 
@@ -136,12 +168,14 @@ def split_rows_traffic(
 def data_traffic(sizes: ModelConfig, layout: Layout, micro_batches: int) -> Traffic:
     """Return the bytes of a step in the data-parallel group, and in the expert-data group."""
     found: Traffic = Counter()
+    parts = update_groups(sizes, layout.tensor, layout.data, layout.expert)
     if layout.data > 1:
         found["all_reduce", "data"] += LOSSES * FLOAT64  # the targets of the step
-        norms = 3 if layout.zero_stage in (1, 2) else 2  # of each kind of parameter, or its flag
-        found["all_reduce", "data"] += (layout.zero_stage > 0) * norms * FLOAT64
+        # norms of each kind of parameter; at stage 3 one, and whether it is finite
+        norms = {0: len(parts) - 1, 3: 2}.get(layout.zero_stage, 3)
+        found["all_reduce", "data"] += norms * FLOAT64
 
-    for part, groups in update_groups(sizes, layout.tensor, layout.data, layout.expert):
+    for part, groups in parts:
         if part.ranks > 1:
             parameters = parameters_of(sizes, layout)
             found += state_traffic(part, groups, parameters, layout, micro_batches)

@@ -2,6 +2,8 @@
 in its own process; tests/virtual/test_dry_run.py compares them with virtual ranks.
 """
 
+from collections import Counter
+
 import pytest
 
 from tests.dist import run_on_ranks
@@ -16,12 +18,24 @@ LAYOUTS = {
         {"tensor_model_parallel_size": 2, "bf16": True, "zero_stage": 1},
         {"tensor_model_parallel_size": 2, "sequence_parallel": True},
         {"tensor_model_parallel_size": 2, "recompute_activations": True},
+        {"expert_parallel_size": 2, "zero_stage": 0},
+        {"tensor_model_parallel_size": 2, "experts": 8, "bf16": True, "zero_stage": 1},
+        {"tensor_model_parallel_size": 2, "expert_parallel_size": 2, "sequence_parallel": True},
     ],
     4: [
         {"zero_stage": 3},
         {"tensor_model_parallel_size": 2, "zero_stage": 2, "bf16": True},
         {"tensor_model_parallel_size": 2, "zero_stage": 3, "sequence_parallel": True},
         {"tensor_model_parallel_size": 4, "zero_stage": 1},
+        {"expert_parallel_size": 2, "zero_stage": 2, "bf16": True},
+        {"expert_parallel_size": 4, "zero_stage": 1, "recompute_activations": True},
+        {"tensor_model_parallel_size": 2, "expert_parallel_size": 4, "zero_stage": 1},
+        {
+            "tensor_model_parallel_size": 2,
+            "expert_parallel_size": 2,
+            "sequence_parallel": True,
+            "recompute_activations": True,
+        },
     ],
 }
 
@@ -34,6 +48,7 @@ def count(changes: dict) -> None:
     from megatron_interbert.data.packing import pack
     from megatron_interbert.kernels.choice import Kernels
     from megatron_interbert.model.flops import Tokens
+    from megatron_interbert.model.presets import with_experts
     from megatron_interbert.parallel.rng import RandomStreams
     from megatron_interbert.parallel.state import ParallelState
     from megatron_interbert.planning.traffic import step_traffic
@@ -41,21 +56,28 @@ def count(changes: dict) -> None:
     from megatron_interbert.tasks.task import Job
     from megatron_interbert.training.micro_batch import layout_of
     from megatron_interbert.training.model_plan import ModelPlan, build_engine
-    from megatron_interbert.virtual.rank import run_step
+    from megatron_interbert.virtual.rank import VirtualState, run_step
     from megatron_interbert.virtual.samples import random_examples
     from megatron_interbert.virtual.tracking import Tracker, Volumes
 
     config = RunConfig(micro_batch_size=3, global_batch_size=0, **changes)
-    state = ParallelState(config.tensor_model_parallel_size, config.sequence_parallel)
-    job = Job(PretrainingTask(), None, SIZES, ("msm", "mrm", "itm"), {}, "")
+    experts = config.experts or (8 if config.expert_parallel_size > 1 else 0)
+    sizes = with_experts(SIZES, experts, 2 if experts else 0)
+    state = ParallelState(
+        config.tensor_model_parallel_size,
+        config.sequence_parallel,
+        expert_parallel_size=config.expert_parallel_size,
+    )
+    if experts:
+        state.make_expert_groups()
+    job = Job(PretrainingTask(), None, sizes, ("msm", "mrm", "itm"), {}, "")
     plan = ModelPlan(job, state, Kernels(), 0, recompute=config.recompute_activations)
     streams = RandomStreams(0, state.data_rank, state.tensor_rank)
     engine = build_engine(plan, config, streams, torch.device("cpu"), plan.first_weights)
     examples = random_examples(SIZES, 3, (8, 20), (10, 30), seed=state.data_rank)
     batch = pack(examples, SIZES.feature_dim)
-    groups = {state.tensor_group.group_name: "tensor", state.data_group.group_name: "data"}
 
-    with Tracker(groups) as tracker:
+    with Tracker(VirtualState.names.fget(state)) as tracker:
         # DeepSpeed compares the order of ZeRO-3's gathers among ranks once, in the second step
         for _ in range(2):
             run_step(engine, job, [batch], streams)
@@ -63,8 +85,14 @@ def count(changes: dict) -> None:
         run_step(engine, job, [batch], streams)
 
     layout = layout_of(config, state.data_size, Kernels())
-    found = Volumes.of(tracker.collectives).bytes
-    expected = step_traffic(SIZES, layout, [Tokens.of(batch)])
+    # of all ranks together: what they send to experts depends on the content of their tokens
+    found, expected = (
+        sum(state.gather(one), Counter())
+        for one in (
+            Volumes.of(tracker.collectives).bytes,
+            step_traffic(sizes, layout, [Tokens.of(batch)]),
+        )
+    )
     assert dict(found) == pytest.approx(dict(expected), rel=1e-9), (changes, found, expected)
     assert sum(found.values()) > 10_000, changes
 
