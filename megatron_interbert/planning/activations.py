@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.parallel.vocab_loss import CHUNK
-from megatron_interbert.planning.layout import Layout, Load, targets_of
+from megatron_interbert.planning.layout import FP32, Layout, Load, targets_of
 
 ROW_STATISTICS = 8  # bytes of the mean and deviation that LayerNorm keeps per row
 INDEX = 8  # bytes of a row index
 # bytes per token and head on a CPU: indices of its query, key, value and result in padded tensors
 ROW_NUMBERS = 4 * INDEX
+ROUTED_NUMBERS = 8  # places of a token's row by token, expert and rank, forward and backward
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Stack:
     tokens: float  # mean per sample
     longest: float  # width of a padded batch
     read: float | None  # tokens computed after the last layer's attention; None: all
+    has_experts: bool = False
 
 
 def stacks_of(sizes: ModelConfig, load: Load) -> list[Stack]:
@@ -44,10 +46,23 @@ def stacks_of(sizes: ModelConfig, load: Load) -> list[Stack]:
 
     return [
         Stack(
-            sizes.interaction_layers, *like_text, load.words + image, text_most + image_most, None
+            sizes.interaction_layers,
+            *like_text,
+            *(load.words + image, text_most + image_most, None),
+            sizes.has_experts("interaction"),
         ),
-        Stack(sizes.text_layers, *like_text, load.words, text_most, 1 + words),
-        Stack(sizes.image_layers, *like_image, image, image_most, 1 + regions),
+        Stack(
+            sizes.text_layers,
+            *like_text,
+            *(load.words, text_most, 1 + words),
+            sizes.has_experts("text"),
+        ),
+        Stack(
+            sizes.image_layers,
+            *like_image,
+            *(image, image_most, 1 + regions),
+            sizes.has_experts("image"),
+        ),
     ]
 
 
@@ -96,11 +111,25 @@ def layer_bytes(sizes: ModelConfig, layout: Layout, stack: Stack, behind: float)
 
     between = behind * (3 * hidden + masks) + stack.tokens * hidden
     inner = behind * 2 * sizes.ffn_hidden_size / layout.tensor
+    if stack.has_experts:
+        inner *= sizes.prototypes
+        attended += routed_elements(sizes, layout) * behind / layout.tensor
     statistics = 2 * ROW_STATISTICS * behind
 
     return (
         layout.element * (attended + inner + between / layout.sharing) + statistics / layout.sharing
     )
+
+
+def routed_elements(sizes: ModelConfig, layout: Layout) -> float:
+    """Return what a layer keeps of each token for its experts, in elements of the passes: its rows
+    as they arrive and the results, the router's input and probabilities in fp32, and row numbers.
+    """
+    rows = 2 * sizes.hidden_size * sizes.prototypes
+    wide = sizes.experts + (sizes.hidden_size if layout.half else 0)
+    numbers = ROUTED_NUMBERS * INDEX * sizes.prototypes
+
+    return rows + (FP32 * wide + numbers) / layout.element
 
 
 def index_bytes(layout: Layout, stack: Stack) -> float:

@@ -23,6 +23,7 @@ def settings_of(model: str, found: Fit) -> dict[str, Any]:
     settings = {
         "model": model,
         "tensor-model-parallel-size": layout.tensor,
+        "expert-parallel-size": layout.expert,
         "sequence-parallel": layout.sequence_parallel,
         "recompute-activations": layout.recompute,
         "bf16": layout.half,

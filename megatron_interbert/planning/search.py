@@ -126,22 +126,29 @@ def layouts(sizes: ModelConfig, like: Layout, ranks: int) -> Iterator[Layout]:
     tensors = [n for n in range(1, most + 1) if ranks % n == 0 and n not in refused]
     stages = (0, 1, 2, 3)
 
-    for (optimizer, parameters), recompute, tensor, stage, split in itertools.product(
-        PLACES, (False, True), tensors, stages, (False, True)
+    for (optimizer, parameters), recompute, tensor, expert, stage, split in itertools.product(
+        PLACES, (False, True), tensors, expert_sizes(sizes, ranks), stages, (False, True)
     ):
         data = ranks // tensor
         found = replace(
             like,
             data=data,
             tensor=tensor,
+            expert=expert,
             zero_stage=stage,
             recompute=recompute,
             sequence_parallel=split,
             optimizer_on=optimizer,
             parameters_on=parameters,
         )
-        if is_sensible(found):
+        if is_sensible(found) and (expert == 1 or not found.secondary):
             yield found
+
+
+def expert_sizes(sizes: ModelConfig, ranks: int) -> list[int]:
+    """Return the expert-parallel sizes that `ranks` can have: 1 for a dense model."""
+    most = min(ranks, sizes.experts) if sizes.experts else 1
+    return [n for n in range(1, most + 1) if ranks % n == 0 and sizes.experts % n == 0]
 
 
 def refused_tensors(sizes: ModelConfig, ranks: int) -> Iterator[tuple[int, str]]:
@@ -271,6 +278,7 @@ def is_nearby(layout: Layout, other: Layout) -> bool:
     return (
         other.zero_stage >= layout.zero_stage
         and other.tensor >= layout.tensor
+        and other.expert >= layout.expert
         and other.recompute >= layout.recompute
         and other.half >= layout.half
         and other.sequence_parallel >= layout.sequence_parallel
@@ -301,6 +309,7 @@ def distance(layout: Layout, other: Layout) -> float:
         + 3 * (other.recompute - layout.recompute)
         + 4 * (other.half - layout.half)
         + 5 * math.log2(other.tensor / layout.tensor)
+        + 2 * math.log2(other.expert / layout.expert)
         + (other.sequence_parallel - layout.sequence_parallel)
         + 8 * (away(other) - away(layout))
     )
@@ -315,6 +324,8 @@ def flags_of(found: Fit, before: Layout, samples: int, given: Container[str] = (
 
     if layout.tensor != before.tensor:
         flags += ["--tensor-model-parallel-size", str(layout.tensor)]
+    if layout.expert != before.expert:
+        flags += ["--expert-parallel-size", str(layout.expert)]
     if layout.sequence_parallel != before.sequence_parallel:
         flags.append("--sequence-parallel")
     if layout.half and not before.half:

@@ -61,6 +61,12 @@ LAYOUT = (
         "no",
     ),
     Column(
+        "EP",
+        "expert-parallel ranks, neighbours that divide the experts",
+        lambda layout: layout.expert,
+        "1",
+    ),
+    Column(
         "ZeRO",
         "its stage: 1 shares the optimizer, 2 gradients too, 3 weights too",
         lambda layout: layout.zero_stage,
@@ -104,6 +110,7 @@ TIME = (
     Column("samples/s", "of all devices together", lambda row: f"{row.rate:.1f}"),
     seconds("compute", "compute s", "seconds of a step in forward and backward passes"),
     seconds("tensor", "TP s", "in communication between tensor-parallel ranks", "0.000"),
+    seconds("expert", "EP s", "in the exchange of rows with the ranks of their experts", "0.000"),
     seconds("data", "ZeRO s", "in communication between data-parallel ranks", "0.000"),
     seconds("update", "update s", "in the optimizer"),
     seconds("offload", "offload s", "in transfers to and from host and disk", "0.000"),

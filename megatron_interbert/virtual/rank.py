@@ -54,11 +54,11 @@ class Rehearsal:
     rank: int
     tensor_rank: int
     data_rank: int
-    expert_rank: int
-    expert_data_rank: int
     sizes: ModelConfig
     shapes: dict[str, tuple[int, ...]]  # of the parameters' tensor-parallel slices
     kernels: Kernels
+    expert_rank: int = 0
+    expert_data_rank: int = 0
     secondary_group: int = 0  # number of the group that holds all weights once more, if any does
     states: int = 0
     peak: int = 0
@@ -147,8 +147,9 @@ def rehearse(
     names = plan.without_memory()
     shapes = {name: tuple(parameter.shape) for name, parameter in names.named_parameters()}
     place = (state.rank, state.tensor_rank, state.data_rank)
-    place += (state.expert_rank, state.expert_data_rank)
     found = Rehearsal(*place, job.model_config, shapes, plan.kernels)
+    found.expert_rank = state.expert_rank
+    found.expert_data_rank = state.expert_data_rank
     streams = RandomStreams(config.seed, state.data_rank, state.tensor_rank)
 
     with (

@@ -247,7 +247,7 @@ def test_what_cannot_be_is_one_line(monkeypatch):
         (
             ("--model", "none"),
             "--model none: no such preset or file; presets: tiny, sample, base, sample-chinese,"
-            " base-chinese, large, m6-10b-dense",
+            " base-chinese, large, m6-10b-dense, m6-1.4b, m6-10b, m6-100b, m6-1t",
         ),
     ):
         assert refused(monkeypatch, *flags) == line
