@@ -28,6 +28,7 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 
 PRETRAINING_HEADS = ("msm", "mrm", "itm")
+OF_IMAGES = ("mrm_logits", "itm_logits", "choice_logit")  # outputs that no text has alone
 
 
 class InterBertOutput(NamedTuple):
@@ -181,7 +182,9 @@ class InterBert(nn.Module):
             summaries, regions = image.split([len(rows) for rows in image_rows])
 
         pooled_text = self.text_pooler(first) if hasattr(self, "text_pooler") else None
-        pooled_image = self.image_pooler(summaries) if len(summaries) else None
+        imageless = not len(summaries)
+        calls_all = not imageless or self._waits_for_images
+        pooled_image = self.image_pooler(summaries) if calls_all else None
         found = {}
 
         if reports:
@@ -196,12 +199,17 @@ class InterBert(nn.Module):
                     words, table, batch.msm_labels
                 )
 
-        if hasattr(self, "mrm_head") and len(summaries):
+        if hasattr(self, "mrm_head") and calls_all:
             found["mrm_logits"] = self.mrm_head(regions).float()
         if hasattr(self, "sentence_head"):
             found["sentence_logits"] = self.sentence_head(first).float()
         if pooled_image is not None:
-            found |= self._judge_pairs(pooled_text, pooled_image, batch)
+            paired = pooled_text[:0] if imageless else pooled_text
+            found |= self._judge_pairs(paired, pooled_image, batch)
+        if imageless and calls_all and "msm_losses" in found:
+            # adds 0, so that all parameters get a gradient, as on the other ranks
+            of_images = [found[name] for name in OF_IMAGES if name in found]
+            found["msm_losses"] = found["msm_losses"] + sum(logits.sum() for logits in of_images)
 
         states = (text, image) if everything else (None, None)
 

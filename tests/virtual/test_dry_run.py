@@ -106,6 +106,50 @@ def test_a_sound_run(
     assert "checkpoint: each element of weights and moments is saved once" in out
 
 
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"expert_parallel_size": 2, "zero_stage": 2, "prototypes": 2},
+        {"expert_parallel_size": 4, "zero_stage": 3, "sequence_parallel": True, "ranks": "0,3"},
+    ],
+)
+def test_a_sound_run_with_experts(
+    folder: Path, layout: dict, capsys: pytest.CaptureFixture
+) -> None:
+    figures = rehearse(folder, experts=8, global_batch_size=16, **layout)
+    check_traffic(figures, 4 * NORM)  # at stage 3 each group of experts has a norm of its own
+    for one in figures["ranks"]:
+        assert abs(one["peak"] / one["planned"] - 1) < 0.1, one
+
+    out = capsys.readouterr().out
+    assert "collectives: all complete, played with ranks 0" in out
+    saved = "checkpoint: each element of weights and moments is saved once" in out
+    assert saved == ("ranks" not in layout)
+
+
+@pytest.mark.parametrize(
+    ("preset", "ranks", "expert", "stage"),
+    [("m6-1.4b", 8, 8, 1), ("m6-10b", 64, 64, 2), ("m6-100b", 128, 128, 1), ("m6-1t", 512, 64, 2)],
+)
+def test_presets_fit_as_planned(
+    folder: Path, preset: str, ranks: int, expert: int, stage: int
+) -> None:
+    """Rehearse the last rank of a run of each preset with experts."""
+    figures = rehearse(
+        folder,
+        model=preset,
+        data_path="",
+        words=(12, 16),
+        world_size=ranks,
+        ranks=str(ranks - 1),
+        expert_parallel_size=expert,
+        tensor_model_parallel_size=1,
+        zero_stage=stage,
+    )
+    [one] = figures["ranks"]
+    assert abs(one["peak"] / one["planned"] - 1) < 0.1, one
+
+
 def test_memory_with_offload(folder: Path) -> None:
     """Check what is on device and host together: a dry run does not tell them apart."""
     for stage, batch in ((1, 0), (2, 0), (2, 16), (3, 0)):
@@ -224,11 +268,12 @@ def test_what_fused_kernels_keep(
 
 def check_traffic(figures: dict, slack: int = 0) -> None:
     """Compare what the arithmetic says of each collective with what was called: equal bytes, except
-    for `slack`.
+    for `slack`, and for rows to experts, of which virtual ranks send those that pad as well.
     """
     assert len(figures["collectives"]) >= 2
     for one in figures["collectives"]:
-        assert abs(one["planned"] - one["bytes"]) <= slack, one
+        more = 0.05 * one["bytes"] if one["operation"] == "alltoall" else 0
+        assert abs(one["planned"] - one["bytes"]) <= slack + more, one
 
 
 @pytest.mark.parametrize("recompute", [False, True])
