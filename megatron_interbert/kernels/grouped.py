@@ -1,8 +1,8 @@
-"""Multiply rows by the matrices of their experts: y_e = x_e W_e^T for the run of rows of each
+"""Multiply rows by the matrices of their experts: y_e = x_e W_e^T + b_e for the run of rows of each
 expert.
 
-Legend: rows x [N, in] are sorted by expert, `counts[e]` for each; weight [E, out, in]; y and its
-gradient [N, out].
+Legend: rows x [N, in] are sorted by expert, `counts[e]` for each; weight [E, out, in], bias
+[E, out]; y and its gradient [N, out].
 """
 
 from collections.abc import Sequence
@@ -11,27 +11,44 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from megatron_interbert.kernels.products import PlainProducts
+
 Counts = Sequence[int]
 
 
 class OneByOne:
-    """Compute one product after another by `products` (kernels/products.py)."""
+    """Compute one product after another, by `products` (kernels/products.py) or, where these are
+    plain, straight into the result.
+    """
 
     @staticmethod
     def result(
         x: torch.Tensor, weight: torch.Tensor, counts: Counts, products: type
     ) -> torch.Tensor:
-        """Return y."""
-        runs = zip(x.split(counts), weight, strict=True)
-        return torch.cat([products.linear(rows, matrix) for rows, matrix in runs])
+        """Return x_e W_e^T, end to end."""
+        y = x.new_empty(len(x), weight.shape[1])
+        for rows, matrix, of_y in zip(x.split(counts), weight, y.split(counts), strict=True):
+            if products is PlainProducts:
+                torch.mm(rows, matrix.t(), out=of_y)
+            else:
+                of_y.copy_(products.linear(rows, matrix))
+
+        return y
 
     @staticmethod
     def input_gradient(
         grad: torch.Tensor, weight: torch.Tensor, counts: Counts, products: type
     ) -> torch.Tensor:
         """Return the gradient of x."""
-        runs = zip(grad.split(counts), weight, strict=True)
-        return torch.cat([products.input_gradient(rows, matrix) for rows, matrix in runs])
+        found = grad.new_empty(len(grad), weight.shape[2])
+        runs = zip(grad.split(counts), weight, found.split(counts), strict=True)
+        for of_y, matrix, of_x in runs:
+            if products is PlainProducts:
+                torch.mm(of_y, matrix, out=of_x)
+            else:
+                of_x.copy_(products.input_gradient(of_y, matrix))
+
+        return found
 
     @staticmethod
     def weight_gradient(
@@ -39,11 +56,11 @@ class OneByOne:
     ) -> torch.Tensor:
         """Return the gradient of the weight; that of an expert without rows is 0."""
         found = x.new_empty(len(counts), grad.shape[1], x.shape[1])
-        for matrix, of_y, rows in zip(found, grad.split(counts), x.split(counts), strict=True):
-            if len(rows):
-                matrix.copy_(products.weight_gradient(of_y, rows))
+        for of_y, rows, matrix in zip(grad.split(counts), x.split(counts), found, strict=True):
+            if products is PlainProducts or not len(rows):
+                torch.mm(of_y.t(), rows, out=matrix)
             else:
-                matrix.zero_()
+                matrix.copy_(products.weight_gradient(of_y, rows))
 
         return found
 
@@ -53,7 +70,7 @@ class Together:
 
     @staticmethod
     def result(x: torch.Tensor, weight: torch.Tensor, counts: Counts, _: type) -> torch.Tensor:
-        """Return y."""
+        """Return x_e W_e^T, end to end."""
         return F.grouped_mm(x, weight.transpose(1, 2), offs=ends(counts, x.device))
 
     @staticmethod
@@ -77,10 +94,15 @@ def ends(counts: Counts, device: torch.device) -> torch.Tensor:
 
 
 def grouped_linear(
-    x: torch.Tensor, weight: torch.Tensor, counts: Counts, by: type, products: type
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    counts: Counts,
+    by: type,
+    products: type,
 ) -> torch.Tensor:
     """Return y, with gradients by the same class `by` (OneByOne or Together)."""
-    return _GroupedLinear.apply(x, weight, counts, by, products)
+    return _GroupedLinear.apply(x, weight, bias, counts, by, products)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -90,18 +112,32 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, counts: Counts, by: type, products: type
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        counts: Counts,
+        by: type,
+        products: type,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.arguments = (counts, products)
         ctx.by = by
+        y = by.result(x, weight, counts, products)
+        if bias is not None:
+            for of_y, of_expert in zip(y.split(counts), bias, strict=True):
+                of_y += of_expert
 
-        return by.result(x, weight, counts, products)
+        return y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
         grad_x = ctx.by.input_gradient(grad, weight, *ctx.arguments)
         grad_weight = ctx.by.weight_gradient(grad, x, *ctx.arguments)
+        grad_bias = None
+        if ctx.needs_input_grad[2]:
+            grad_bias = torch.stack([of_y.sum(0) for of_y in grad.split(ctx.arguments[0])])
 
-        return grad_x, grad_weight, None, None, None
+        return grad_x, grad_weight, grad_bias, None, None, None

@@ -27,15 +27,12 @@ from megatron_interbert.model.router import (
 )
 from megatron_interbert.parallel.collectives import group_rank, start_gather
 from megatron_interbert.parallel.exchange import Exchange
-from megatron_interbert.parallel.layers import Activation
 from megatron_interbert.parallel.state import ParallelState
 
 
 class ExpertLinear(nn.Module):
-    """Multiply rows by the matrix of their expert: x [rows, in], sorted by expert with `counts`
-    rows for each -> [rows, out].
-
-    With an activation, it is applied to each expert's product and bias.
+    """Multiply rows by the matrix of their expert, and add its bias if there are any: x [rows, in],
+    sorted by expert with `counts` rows for each -> [rows, out].
     """
 
     def __init__(
@@ -45,24 +42,16 @@ class ExpertLinear(nn.Module):
         out_features: int,
         state: ParallelState,
         kernels: Kernels,
-        activation: Activation | None = None,
+        bias: bool,
     ) -> None:
         super().__init__()
         self.kernels = kernels
-        self.activation = activation
         self.weight = state.expert_parameter(experts, out_features, in_features)
-        if activation is not None:
-            self.bias = state.expert_parameter(experts, out_features)
+        self.bias = state.expert_parameter(experts, out_features) if bias else None
 
     def forward(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         by = (self.kernels.grouped, self.kernels.products)
-        y = grouped_linear(x, self.weight, counts, *by)
-        if self.activation is None:
-            return y
-
-        runs = zip(y.split(list(counts)), self.bias.unbind(0), strict=True)
-
-        return torch.cat([self.activation(rows, bias) for rows, bias in runs])
+        return grouped_linear(x, self.weight, self.bias, counts, *by)
 
 
 class ExpertMlps(nn.Module):
@@ -74,11 +63,11 @@ class ExpertMlps(nn.Module):
         self, experts: int, hidden: int, ffn: int, state: ParallelState, kernels: Kernels
     ) -> None:
         super().__init__()
-        self.up = ExpertLinear(experts, hidden, ffn, state, kernels, kernels.bias_gelu)
-        self.down = ExpertLinear(experts, ffn, hidden, state, kernels)
+        self.up = ExpertLinear(experts, hidden, ffn, state, kernels, bias=True)
+        self.down = ExpertLinear(experts, ffn, hidden, state, kernels, bias=False)
 
     def forward(self, x: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        return self.down(self.up(x, counts), counts)
+        return self.down(F.gelu(self.up(x, counts)), counts)
 
 
 class Experts(nn.Module):

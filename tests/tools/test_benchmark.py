@@ -228,6 +228,19 @@ def test_padding_keeps_every_sample():
         assert batch.features[row, :regions][~hidden[:regions]].abs().sum() > 0
 
 
+def test_experts_against_a_dense_layer(tmp_path):
+    output = tmp_path / "experts.json"
+    flags = ("--model", "tiny", "--samples", 2, "--rounds", 1, "--output", output)
+    code, out, err = launch(sys.executable, "tools/benchmark.py", "experts", *flags)
+    assert code == 0, err
+    assert "8 experts" in out
+    assert list(json.loads(output.read_text())["ratios"]) == [
+        "dense",
+        "experts without routing",
+        "8 experts",
+    ]
+
+
 def test_predicted_against_measured_layouts(tmp_path):
     """Check that two ranks measure every layout, and that the parts of a prediction add up."""
     output = tmp_path / "layouts.json"

@@ -2,6 +2,7 @@
 
     python tools/benchmark.py checkpoint --model base --output result.json
     python tools/benchmark.py data --output result.json
+    python tools/benchmark.py experts --ranks 2
     python tools/benchmark.py layouts --ranks 2
     python tools/benchmark.py prepare --photos PHOTOS --detector DETECTOR
     python tools/benchmark.py retrieval --vocab-file vocab.txt
@@ -19,11 +20,12 @@ from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.weights.manifest import versions
-from tools.benchmarks import checkpoint, data, layouts, prepare, retrieval, serve, train
+from tools.benchmarks import checkpoint, data, experts, layouts, prepare, retrieval, serve, train
 
 SUBJECTS = {
     "checkpoint": (checkpoint.Options, checkpoint.measure),
     "data": (data.Options, data.measure),
+    "experts": (experts.Options, experts.measure),
     "layouts": (layouts.Options, layouts.measure),
     "prepare": (prepare.Options, prepare.measure),
     "retrieval": (retrieval.Options, retrieval.measure),
