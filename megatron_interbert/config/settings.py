@@ -63,8 +63,8 @@ class ModelSettings(Flags):
 
     model: str = setting(
         "sample",
-        "preset (tiny, sample, sample-chinese, base, base-chinese, large, m6-10b-dense) or a JSON"
-        " file of sizes",
+        "preset (tiny, sample, sample-chinese, base, base-chinese, large, m6-10b-dense, m6-1.4b,"
+        " m6-10b, m6-100b, m6-1t) or a JSON file of sizes",
         FREE,
     )
     init_from: str = setting(

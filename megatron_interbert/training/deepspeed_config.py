@@ -302,6 +302,18 @@ def check_secondary_partition(config: TrainConfig, values: dict[str, Any], ranks
         )
 
 
+def refuse_secondary_partition(config: TrainConfig) -> None:
+    """Raise UsageError for ZeRO++'s secondary groups, for a model with experts: DeepSpeed would
+    build them across ranks that hold different ones.
+    """
+    size = zero_settings(read_deepspeed_config(config)).zero_hpz_partition_size
+    if config.zero_stage == 3 and size > 1:
+        raise UsageError(
+            f"{config.deepspeed_config}: zero_hpz_partition_size is {size}, which experts do not"
+            " support; leave it out"
+        )
+
+
 def _agree(config: TrainConfig, values: dict[str, Any], path: str, name: str) -> None:
     """Settle a flag against its JSON value: the one given wins; if both are, they must agree."""
     theirs = _get(values, path)

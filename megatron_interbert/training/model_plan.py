@@ -16,6 +16,7 @@ from megatron_interbert.model.router import RoutingRule
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
+from megatron_interbert.training.deepspeed_config import refuse_secondary_partition
 from megatron_interbert.training.engine import Engine, engine_settings
 from megatron_interbert.training.first_weights import InitialWeights
 from megatron_interbert.training.fragments import FragmentedState
@@ -97,6 +98,7 @@ def plan_model(
     config.check_float8(sizes)
     rule = routing_rule(config, sizes, state)
     if sizes.experts:
+        refuse_secondary_partition(config)
         state.make_expert_groups()
 
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0

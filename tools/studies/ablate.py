@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
@@ -44,13 +44,16 @@ FIGURES = {
 
 @dataclass
 class Variant:
-    """Hold one row of the table: its description, flags of its pretraining, and layers if they
-    differ from the model's.
+    """Hold one row of the table: its description, flags of its pretraining, and sizes that differ
+    from the model's.
+
+    In the first `shared_part` of its steps all layers of a stack are one; then they are untied.
     """
 
     what: str
     flags: tuple[str, ...] = ()
-    layers: tuple[int, int, int] | None = None  # interaction, text, image
+    sizes: dict[str, int] = field(default_factory=dict)
+    shared_part: float = 0.0
 
 
 def variants(sizes: ModelConfig) -> dict[str, Variant]:
@@ -66,12 +69,18 @@ def variants(sizes: ModelConfig) -> dict[str, Variant]:
         "no-itm": Variant("without image-text matching", ("--objectives", "msm,mrm")),
         "no-hard-negatives": Variant("random negatives only", ("--hard-negatives", "0")),
         "no-interaction": Variant(
-            "streams only, no interaction module", layers=(0, text + joint, image + joint)
+            "streams only, no interaction module",
+            sizes=layers(0, text + joint, image + joint),
         ),
         "no-streams": Variant(
-            "interaction module only, no streams", layers=(joint + max(text, image), 0, 0)
+            "interaction module only, no streams", sizes=layers(joint + max(text, image), 0, 0)
         ),
     }
+
+
+def layers(interaction: int, text: int, image: int) -> dict[str, int]:
+    """Return the sizes of a model with so many layers."""
+    return {"interaction_layers": interaction, "text_layers": text, "image_layers": image}
 
 
 @dataclass
@@ -125,20 +134,19 @@ class Run:
 
     def _pretrain(self) -> Path:
         save = self.folder / "pretrained"
-        flags = shlex.split(self.options.pretrain_flags)
-        model = ("--model", self._model())
-        data = ("--data-path", self.options.data_path)
-
-        self._train(
-            save,
-            self.options.train_iters,
-            "pretrain",
-            *model,
-            *data,
+        flags = (
+            *("--model", self._model(), "--data-path", self.options.data_path),
             *self._common_flags(),
             *self.variant.flags,
-            *flags,
+            *shlex.split(self.options.pretrain_flags),
         )
+        shared = round(self.options.train_iters * self.variant.shared_part)
+
+        if shared:
+            first = self.folder / "shared"
+            self._train(first, shared, "pretrain", *flags, "--share-layers")
+            flags = (*flags, "--init-from", first)
+        self._train(save, self.options.train_iters - shared, "pretrain", *flags)
 
         return save
 
@@ -182,10 +190,7 @@ class Run:
 
     def _model(self) -> str:
         sizes = load_model_config(self.options.model)
-        if self.variant.layers:
-            names = ("interaction_layers", "text_layers", "image_layers")
-            sizes = dataclasses.replace(sizes, **dict(zip(names, self.variant.layers, strict=True)))
-
+        sizes = dataclasses.replace(sizes, **self.variant.sizes)
         path = self.folder / "model.json"
         self._same(
             self.folder / "pretrained", path, json.dumps(dataclasses.asdict(sizes), indent=1)
@@ -290,16 +295,20 @@ def _mean(values: list[float]) -> str:
 
 def run(options: Options) -> None:
     """Check the options, run what is missing and write the table."""
+    study(options, variants(load_model_config(options.model)), "ablation")
+
+
+def study(options: Options, every: dict[str, Variant], name: str) -> None:
+    """Compare the variants in --only, or all of `every`; the table is OUTPUT/`name`.md."""
     seeds = read_seeds(options.seeds)
-    every = variants(load_model_config(options.model))
     chosen = chosen_variants(options, every)
     check_stores(options, chosen)
     check_further_flags(options)
     check_writable(Path(options.output), "--output")
 
-    runs = [Run(name, every[name], seed, options) for seed in seeds for name in chosen]
+    runs = [Run(one, every[one], seed, options) for seed in seeds for one in chosen]
     found = run_all(runs, options.jobs)
-    write_report(options, found, every)
+    write_report(options, found, every, name)
 
 
 def read_seeds(given: str) -> list[int]:
@@ -377,8 +386,9 @@ def write_report(
     options: Options,
     found: dict[str, list[dict[str, dict[str, float]]]],
     every: dict[str, Variant],
+    name: str,
 ) -> None:
-    """Write ablation.json and ablation.md and print the table."""
+    """Write the figures and the table as files of a name, and print the table."""
     manifest = read_json(Path(options.test_data_path) / MANIFEST, "--test-data-path")
     scenes = "; generated scenes" if manifest.get("generated") else ""
     note = (
@@ -388,10 +398,10 @@ def write_report(
     text = f"{table(found, every)}\n\n{note}\n"
 
     write_json(
-        Path(options.output) / "ablation.json",
+        Path(options.output) / f"{name}.json",
         {"results": found, "options": dataclasses.asdict(options), "versions": versions()},
     )
-    write_text(Path(options.output) / "ablation.md", text)
+    write_text(Path(options.output) / f"{name}.md", text)
     print(text)
 
 

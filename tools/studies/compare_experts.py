@@ -1,0 +1,48 @@
+"""Compare experts with a dense model of the same work for each token, on the sample corpus.
+
+For every variant and seed: pretrain, evaluate retrieval zero-shot, finetune for retrieval,
+evaluate; with the same steps and samples for all. Finished runs are not repeated, so a stopped
+study is resumable. Writes OUTPUT/experts.json and OUTPUT/experts.md. What a small generated world
+shows says nothing about models of M6's size.
+
+    python tools/compare_experts.py --data-path sample_corpus/train \\
+        --test-data-path sample_corpus/test --output experts --language en
+"""
+
+from megatron_interbert.command_line import run_command
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.model.presets import load_model_config
+from tools.studies.ablate import Options, Variant, study
+
+EXPERTS = 8
+BALANCED = ("--balance-coefficient", "0.01", "--data-partitions", "1", "--routing-group", "64")
+
+
+def variants(sizes: ModelConfig) -> dict[str, Variant]:
+    """Return all variants by name; a token passes through products of the same size in each."""
+    one = ("--experts", str(EXPERTS))
+    two = ("--experts", str(2 * EXPERTS), "--prototypes", "2")
+
+    return {
+        "full": Variant("dense"),
+        "top-1": Variant(f"{EXPERTS} experts, top-1", one),
+        "balanced": Variant(f"{EXPERTS} experts, top-1, balance loss 0.01", (*one, *BALANCED)),
+        "prototypes": Variant(
+            f"2 prototypes of {EXPERTS} experts of half the width",
+            two,
+            {"ffn_hidden_size": sizes.ffn_hidden_size // 2},
+        ),
+        "pseudo-to-real": Variant(
+            f"{EXPERTS} experts, top-1, layers shared in the first half", one, shared_part=0.5
+        ),
+    }
+
+
+def run(options: Options) -> None:
+    """Run what is missing and write the table."""
+    study(options, variants(load_model_config(options.model)), "experts")
+
+
+def main() -> None:
+    """Run the command."""
+    run_command(Options, __doc__, run)
