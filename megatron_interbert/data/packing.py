@@ -100,7 +100,8 @@ class PackedBatch:
     def target_counts(self) -> torch.Tensor:
         """Count the targets of MSM, MRM and ITM in this batch, float64 [3]."""
         return torch.tensor(
-            [len(self.msm_labels), len(self.mrm_positions), len(self)], dtype=torch.float64
+            [len(self.msm_labels), len(self.mrm_positions), len(self.summary_rows)],
+            dtype=torch.float64,
         )
 
 

@@ -28,7 +28,6 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 
 PRETRAINING_HEADS = ("msm", "mrm", "itm")
-OF_IMAGES = ("mrm_logits", "itm_logits", "choice_logit")  # outputs that no text has alone
 
 
 class InterBertOutput(NamedTuple):
@@ -162,7 +161,9 @@ class InterBert(nn.Module):
 
         The last layer of each stream is computed only for the tokens that are pooled or predicted,
         and word logits exist only inside their loss. `everything` returns the hidden states of all
-        tokens too, and the word logits instead of their losses.
+        tokens too, and the word logits instead of their losses. In training of experts in the image
+        stream, a batch without images has logits of 0 rows, for which a loss must be computed: all
+        ranks go through the same layers, forward and backward.
         """
         words = batch.msm_positions
         regions = batch.mrm_positions
@@ -206,10 +207,6 @@ class InterBert(nn.Module):
         if pooled_image is not None:
             paired = pooled_text[:0] if imageless else pooled_text
             found |= self._judge_pairs(paired, pooled_image, batch)
-        if imageless and calls_all and "msm_losses" in found:
-            # adds 0, so that all parameters get a gradient, as on the other ranks
-            of_images = [found[name] for name in OF_IMAGES if name in found]
-            found["msm_losses"] = found["msm_losses"] + sum(logits.sum() for logits in of_images)
 
         states = (text, image) if everything else (None, None)
 
@@ -267,9 +264,6 @@ class InterBert(nn.Module):
         text, of_text = self.text_stream(text, texts, text_rows)
         images = Sequences(batch.image_offsets, batch.max_image)
         image, of_image = self.image_stream(image, images, image_rows)
-        if not len(batch.locations):
-            # adds 0, so that the backward pass too goes through the experts of the image stream
-            text = text + image.sum()
 
         return text, image, of_interaction + of_text + of_image
 

@@ -55,7 +55,8 @@ class PretrainingTask:
         right answers, targets.
         """
         regions = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
-        matches = F.cross_entropy(output.itm_logits, batch.mismatched, reduction="none")
+        mismatched = batch.mismatched[: len(output.itm_logits)]  # none for texts alone
+        matches = F.cross_entropy(output.itm_logits, mismatched, reduction="none")
         sums = torch.stack([output.msm_losses.sum(), regions.sum(), matches.sum()])
         # A batch without targets of a kind gives 0 / 1, never NaN, and its head still gets a
         # gradient of zeros.
@@ -69,7 +70,7 @@ class PretrainingTask:
                     output.mrm_logits.argmax(dim=1)
                     == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)
                 ).sum(),
-                (output.itm_logits.argmax(dim=1) == batch.mismatched).sum(),
+                (output.itm_logits.argmax(dim=1) == mismatched).sum(),
             ]
         )
 
