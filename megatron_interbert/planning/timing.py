@@ -18,6 +18,7 @@ from megatron_interbert.planning.layout import (
     ON_DEVICE,
     ON_DISK,
     Layout,
+    divisions_of,
     parameters_of,
     share_of_rank,
     update_groups,
@@ -196,7 +197,7 @@ def expert_seconds(
 
 def data_seconds(sizes: ModelConfig, layout: Layout, micro_batches: int, machine: Machine) -> float:
     """Return the seconds of a step's collectives among ranks that share the state of parameters."""
-    ranks = max(layout.data, layout.expert_data)
+    ranks = max(part.ranks for part in divisions_of(sizes, layout))
     if ranks == 1:
         return 0.0
 

@@ -22,7 +22,7 @@ from megatron_interbert.kernels.triton_attention import _Attention, packed_atten
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
-from megatron_interbert.model.transformer import TransformerLayer
+from megatron_interbert.model.transformer import Mlp, TransformerLayer
 from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -164,7 +164,8 @@ def test_nothing_to_attend_to():
 def test_recomputation_replays_every_mask():
     """Check that a layer with all dropouts gives the same bits when it is recomputed."""
     streams = RandomStreams(3)
-    layer = TransformerLayer(32, 2, 64, 0.2, 0.3, 1e-12, Placement(), KERNELS, streams)
+    mlp = Mlp(32, 64, Placement(), KERNELS)
+    layer = TransformerLayer(32, 2, mlp, 0.2, 0.3, 1e-12, Placement(), KERNELS, streams)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
 
@@ -175,7 +176,7 @@ def test_recomputation_replays_every_mask():
     for run in (layer, lambda *inputs: streams.recompute(layer, *inputs)):
         streams.start_step(1)
         inputs = x.clone().requires_grad_()
-        out = run(inputs, sequences)
+        out, _ = run(inputs, sequences)
         gradients = torch.autograd.grad(out.square().sum(), [inputs, *layer.parameters()])
         results.append([out, *gradients])
 

@@ -112,7 +112,12 @@ def test_what_a_checkpoint_holds(undisturbed):
     assert not list(undisturbed.glob(".*partial*")) + list(undisturbed.glob("*.partial"))
     manifest = json.loads((undisturbed / "global_step14" / "manifest.json").read_text())
     assert manifest["consumed_samples"] == 14 * 16
-    assert manifest["topology"] == {"data_parallel": 2, "tensor_parallel": 1, "zero_stage": 1}
+    assert manifest["topology"] == {
+        "data_parallel": 2,
+        "tensor_parallel": 1,
+        "expert_parallel": 1,
+        "zero_stage": 1,
+    }
     assert manifest["configs"]["run"]["seed"] == manifest["rng"]["seed"] == 1234
     files = {p.name for p in (undisturbed / "global_step14").iterdir()} - {"manifest.json"}
     assert files == set(manifest["files"])
