@@ -25,7 +25,6 @@ import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
 from megatron_interbert.command_line import parse, span
-from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import AUTO, option
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.order import MicroBatches
@@ -34,18 +33,14 @@ from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned, quiet_libraries
 from megatron_interbert.model.interbert import PRETRAINING_HEADS
-from megatron_interbert.model.presets import (
-    check_words,
-    load_model_config,
-    with_experts,
-    with_usual_data,
-)
+from megatron_interbert.model.presets import check_words, with_usual_data
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.planning.layout import rank_parameters
 from megatron_interbert.planning.memory import Memory, predict
 from megatron_interbert.planning.timing import MACHINES
 from megatron_interbert.planning.traffic import Traffic, step_traffic
 from megatron_interbert.progress import progress
+from megatron_interbert.tasks.parts import sizes_of_model
 from megatron_interbert.tasks.pretraining import PretrainingTask, pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import agree_with_json, described_offload, merge
@@ -147,7 +142,7 @@ def settle(config: DryRunConfig) -> None:
     merge(config, config.data_parallel_size)
     settle_kernels(config)
     if config.words:
-        sizes, note = with_usual_data(sizes_of(config))
+        sizes, note = with_usual_data(sizes_of_model(config))
         check_words(sizes, config.words[1])
         config.notes += [note] if note else []
 
@@ -190,15 +185,9 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
         return str(error)
 
 
-def sizes_of(config: DryRunConfig) -> ModelConfig:
-    """Return the sizes of the model that the flags name."""
-    chosen = (config.experts, config.prototypes, config.share_layers)
-    return with_experts(load_model_config(config.model), *chosen)
-
-
 def random_job(config: DryRunConfig) -> Job:
     """Return a job whose samples are random."""
-    sizes, _ = with_usual_data(sizes_of(config))
+    sizes, _ = with_usual_data(sizes_of_model(config))
     return Job(PretrainingTask(config.objective_names()), None, sizes, PRETRAINING_HEADS, {}, "")
 
 

@@ -79,7 +79,7 @@ def choose_kernels(
     if fp8:
         check_float8(device)
         kernels = replace(kernels, products=Float8Products)
-    elif device.type == "cuda" and dtype == torch.bfloat16 and hasattr(F, "grouped_mm"):
+    elif has_grouped_product(device, dtype):
         kernels = replace(kernels, grouped=Together)
 
     if not kernels.fused or device.type != "cuda":  # not Triton's, or in its interpreter
@@ -90,6 +90,13 @@ def choose_kernels(
         remarks = ["torch's flash attention, because there is no dropout"]
 
     return replace(kernels, remarks=(*kernels.remarks, *remarks))
+
+
+def has_grouped_product(device: torch.device, dtype: torch.dtype) -> bool:
+    """Check whether a device multiplies the rows of all experts in one launch, in bfloat16."""
+    if device.type != "cuda" or dtype != torch.bfloat16 or torch.version.hip is not None:
+        return False
+    return hasattr(F, "grouped_mm") and not gpu_of(device).is_too_old
 
 
 def check_float8(device: torch.device) -> None:

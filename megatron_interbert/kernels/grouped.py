@@ -16,10 +16,16 @@ from megatron_interbert.kernels.products import PlainProducts
 Counts = Sequence[int]
 
 
+# the operands of a plain matrix product, by the name of a product in kernels/products.py
+OPERANDS = {
+    "linear": lambda x, weight: (x, weight.t()),
+    "input_gradient": lambda grad, weight: (grad, weight),
+    "weight_gradient": lambda grad, x: (grad.t(), x),
+}
+
+
 class OneByOne:
-    """Compute one product after another, by `products` (kernels/products.py) or, where these are
-    plain, straight into the result.
-    """
+    """Compute one product after another, by `products` (kernels/products.py)."""
 
     @staticmethod
     def result(
@@ -28,10 +34,7 @@ class OneByOne:
         """Return x_e W_e^T, end to end."""
         y = x.new_empty(len(x), weight.shape[1])
         for rows, matrix, of_y in zip(x.split(counts), weight, y.split(counts), strict=True):
-            if products is PlainProducts:
-                torch.mm(rows, matrix.t(), out=of_y)
-            else:
-                of_y.copy_(products.linear(rows, matrix))
+            write_product(of_y, products, "linear", rows, matrix)
 
         return y
 
@@ -43,10 +46,7 @@ class OneByOne:
         found = grad.new_empty(len(grad), weight.shape[2])
         runs = zip(grad.split(counts), weight, found.split(counts), strict=True)
         for of_y, matrix, of_x in runs:
-            if products is PlainProducts:
-                torch.mm(of_y, matrix, out=of_x)
-            else:
-                of_x.copy_(products.input_gradient(of_y, matrix))
+            write_product(of_x, products, "input_gradient", of_y, matrix)
 
         return found
 
@@ -57,12 +57,19 @@ class OneByOne:
         """Return the gradient of the weight; that of an expert without rows is 0."""
         found = x.new_empty(len(counts), grad.shape[1], x.shape[1])
         for of_y, rows, matrix in zip(grad.split(counts), x.split(counts), found, strict=True):
-            if products is PlainProducts or not len(rows):
-                torch.mm(of_y.t(), rows, out=matrix)
-            else:
-                matrix.copy_(products.weight_gradient(of_y, rows))
+            write_product(matrix, products, "weight_gradient", of_y, rows)
 
         return found
+
+
+def write_product(
+    out: torch.Tensor, products: type, name: str, first: torch.Tensor, second: torch.Tensor
+) -> None:
+    """Write a product of `products`, by name, to `out`: a plain one without a copy."""
+    if products is PlainProducts or not len(first):  # products in 8 bits need rows
+        torch.mm(*OPERANDS[name](first, second), out=out)
+    else:
+        out.copy_(getattr(products, name)(first, second))
 
 
 class Together:
@@ -102,6 +109,9 @@ def grouped_linear(
     products: type,
 ) -> torch.Tensor:
     """Return y, with gradients by the same class `by` (OneByOne or Together)."""
+    if not len(x):  # which torch's grouped product refuses
+        by = OneByOne
+
     return _GroupedLinear.apply(x, weight, bias, counts, by, products)
 
 
@@ -120,6 +130,7 @@ class _GroupedLinear(torch.autograd.Function):
         by: type,
         products: type,
     ) -> torch.Tensor:
+        """Save x and the weight; return y."""
         ctx.save_for_backward(x, weight)
         ctx.arguments = (counts, products)
         ctx.by = by
@@ -132,6 +143,7 @@ class _GroupedLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of x, the weight and, where there is one, the bias."""
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()
         grad_x = ctx.by.input_gradient(grad, weight, *ctx.arguments)

@@ -31,7 +31,7 @@ from megatron_interbert.parallel.state import ParallelState
 
 
 class ExpertLinear(nn.Module):
-    """Multiply rows by the matrix of their expert, and add its bias if there are any: x [rows, in],
+    """Multiply rows by the matrix of their expert, and add its bias if it has one: x [rows, in],
     sorted by expert with `counts` rows for each -> [rows, out].
     """
 
@@ -185,4 +185,6 @@ class Experts(nn.Module):
 def _padded(tokens: Tokens, rows: int) -> Tokens:
     """Extend the description of tokens to `rows` rows by padding."""
     more = (0, rows - len(tokens.group))
-    return replace(tokens, group=F.pad(tokens.group, more), position=F.pad(tokens.position, more))
+    group = F.pad(tokens.group, more, value=tokens.groups)
+
+    return replace(tokens, group=group, position=F.pad(tokens.position, more))

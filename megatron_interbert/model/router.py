@@ -56,8 +56,8 @@ class RoutingRule:
 class Tokens:
     """Describe the rows [N] of a layer: those from `real` on are padding.
 
-    With routing groups: the group of each row, of `groups`, and its position among all tokens of
-    the stack.
+    With routing groups: the group of each row, which for padding is `groups`, the number of them,
+    and its position among all tokens of the stack.
     """
 
     real: int
@@ -76,8 +76,10 @@ def describe_tokens(
         return Tokens(real)
 
     sample = torch.searchsorted(sequences.offsets[1:].contiguous(), rows.int(), right=True)
+    groups = rule.groups_in(samples)
+    padding = torch.arange(len(rows), device=rows.device) >= real
 
-    return Tokens(real, rule.group_of(sample), rows, rule.groups_in(samples))
+    return Tokens(real, rule.group_of(sample).masked_fill(padding, groups), rows, groups)
 
 
 class RouterReport(NamedTuple):
@@ -141,9 +143,7 @@ def within_capacity(
     by position.
     """
     prototypes = expert.shape[1]
-    padding = torch.arange(len(expert), device=expert.device) >= tokens.real
-    group = tokens.group.masked_fill(padding, tokens.groups)
-
+    group = tokens.group
     of_group = count(group, tokens.groups + 1)
     capacity = (of_group.double() * prototypes / experts * capacity_factor).ceil().long()
 
@@ -167,9 +167,7 @@ def balance_of(
     of all tokens and the probabilities of its own.
     """
     prototypes = expert.shape[1]
-    padding = torch.arange(len(expert), device=expert.device) >= tokens.real
-    group = tokens.group.masked_fill(padding, tokens.groups)
-
+    group = tokens.group
     cells = count(group[:, None] * experts + expert, (tokens.groups + 1) * experts)
     shares = cells.view(-1, experts)[:-1].float()
     of_group = count(group, tokens.groups + 1)[:-1, None].clamp(min=1)

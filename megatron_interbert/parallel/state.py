@@ -21,7 +21,7 @@ from megatron_interbert.parallel.placement import Placement
 # The watchdog ends a run that hangs, and says why: no collective may time out before it.
 COLLECTIVE_TIMEOUT = timedelta(days=1)
 
-# by which DeepSpeed (0.19) tells the parameters of experts from others
+# by which DeepSpeed (0.19) tells the parameters of experts from others; see expert_parameter
 EXPERT_TAGS = (
     "allreduce",
     "group_name",
@@ -138,13 +138,12 @@ class ParallelState:
         """
         parameter = nn.Parameter(torch.empty(*shape))
         if self.experts_apart:
-            name = self.expert_group_name
-            group = self.expert_data_group
             parameter.tensor_model_parallel = True  # each rank's share counts in the norm
-            for tag, value in zip(
-                EXPERT_TAGS, (False, name, "autoep_expert", name, group), strict=True
-            ):
-                setattr(parameter, tag, value)
+            parameter.allreduce = False
+            parameter.group_name = self.expert_group_name
+            parameter.ds_zero_placement_family = "autoep_expert"
+            parameter.ds_zero_partition_group_name = self.expert_group_name
+            parameter.ds_zero_partition_process_group = self.expert_data_group
 
         return parameter
 

@@ -174,7 +174,9 @@ class Trial:
         except RuntimeError as error:
             if not out_of_memory(error):
                 raise
-            if self.state.tensor_size > 1:  # the others wait for this one in a collective
+            if (
+                self.state.tensor_size * self.state.expert_size > 1
+            ):  # the others wait for this one in a collective
                 with local_errors():
                     raise UsageError(
                         f"--micro-batch-size auto: memory ran out with {len(batch)} samples, which"

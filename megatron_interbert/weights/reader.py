@@ -164,25 +164,33 @@ class CheckpointReader:
     def _pieces(
         self, kind: str, rank: int | None, name: str
     ) -> tuple[tuple[int, ...], list[Piece]]:
-        where = (KINDS[kind], rank)
-        if where not in self._index:
-            self._index[where] = self._read_index(*where)
-
-        pieces = self._index[where].get(piece_key(name, kind))
+        pieces = self._indexed(KINDS[kind], rank).get(piece_key(name, kind))
         if pieces is None:
             raise UsageError(
-                f"{self.path}: {piece_key(name, kind)} is not in the {where[0]} files of {of(rank)}"
+                f"{self.path}: {piece_key(name, kind)} is not in the {KINDS[kind]} files of"
+                f" {of(rank)}"
             )
 
         return pieces
 
-    def _read_index(self, file_kind: str, rank: int | None) -> Index:
-        """Read which pieces of each tensor a tensor-parallel rank's files, or those of all, hold,
-        in order of start.
+    def _indexed(self, file_kind: str, rank: int | None) -> Index:
+        """Return which pieces of each tensor a tensor-parallel rank's files, or those of all, hold;
+        they are read once.
         """
-        if rank is ALL:
-            return self._joined_index(file_kind)
+        where = (file_kind, rank)
+        if where not in self._index:
+            everyone = range(self.tensor_size)
+            parts = (
+                [self._indexed(file_kind, one) for one in everyone]
+                if rank is ALL
+                else [self._read_index(file_kind, rank)]
+            )
+            self._index[where] = sorted_index(parts)
 
+        return self._index[where]
+
+    def _read_index(self, file_kind: str, rank: int) -> Index:
+        """Read which pieces of each tensor a tensor-parallel rank's files hold."""
         index: Index = {}
 
         for data_rank in range(self.data_size):
@@ -202,26 +210,20 @@ class CheckpointReader:
                     Piece(source, key, start, length)
                 )
 
-        for _, pieces in index.values():
-            pieces.sort(key=lambda piece: piece.start)
-
         return index
 
-    def _joined_index(self, file_kind: str) -> Index:
-        """Join the pieces in all tensor-parallel ranks' files; of use for experts alone."""
-        joined_index: Index = {}
 
-        for rank in range(self.tensor_size):
-            where = (file_kind, rank)
-            if where not in self._index:
-                self._index[where] = self._read_index(*where)
-            for key, (shape, pieces) in self._index[where].items():
-                joined_index.setdefault(key, (shape, []))[1].extend(pieces)
+def sorted_index(indexes: Sequence[Index]) -> Index:
+    """Join indexes, with the pieces in order of start."""
+    joined_index: Index = {}
+    for index in indexes:
+        for key, (shape, pieces) in index.items():
+            joined_index.setdefault(key, (shape, []))[1].extend(pieces)
 
-        for _, pieces in joined_index.values():
-            pieces.sort(key=lambda piece: piece.start)
+    for _, pieces in joined_index.values():
+        pieces.sort(key=lambda piece: piece.start)
 
-        return joined_index
+    return joined_index
 
 
 def of(rank: int | None) -> str:

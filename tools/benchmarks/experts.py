@@ -8,13 +8,10 @@ rows for each, neither chosen nor exchanged: it shows what short products cost a
 """
 
 import dataclasses
-import os
 import statistics
 import time
 from dataclasses import dataclass
 from itertools import pairwise
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
@@ -24,19 +21,18 @@ from torch import nn
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import option
-from megatron_interbert.errors import TrainingStopped
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.kernels.sequences import Sequences
-from megatron_interbert.machines.processes import aligned, start_processes
+from megatron_interbert.machines.processes import aligned
 from megatron_interbert.model.experts import ExpertMlps, Experts
 from megatron_interbert.model.router import RoutingRule, Tokens
 from megatron_interbert.model.transformer import Mlp, TransformerLayer
-from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
 from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.options import BenchmarkOptions
+from tools.benchmarks.ranks import run_ranks
 
 
 @dataclass
@@ -52,21 +48,7 @@ class Options(BenchmarkOptions):
 
 def measure(options: Options) -> dict[str, Any]:
     """Run all ranks, and print the table of their first one."""
-    context = get_context("spawn")
-    mine, theirs = context.Pipe()
-    port = free_port()
-    processes = [
-        context.Process(target=serve, args=(theirs, options, rank, port), daemon=True)
-        for rank in range(options.ranks)
-    ]
-    for process in processes:
-        process.start()
-
-    while not mine.poll(0.2):
-        if any(process.exitcode for process in processes):
-            raise TrainingStopped("a rank ended before it was measured; see its message above")
-
-    result = mine.recv()
+    result = run_ranks(serve, options.ranks, options)
     rows = [("layer", "seconds", "over dense")]
     for name, seconds in result["seconds"].items():
         rows.append((name, f"{seconds:.4f}", f"{result['ratios'][name]:.3f}"))
@@ -76,17 +58,11 @@ def measure(options: Options) -> dict[str, Any]:
     return result
 
 
-def serve(line: Connection, options: Options, rank: int, port: int) -> None:
+def serve(rank: int, options: Options) -> dict[str, Any]:
     """Be one rank: time the layers in turn."""
-    place = {"RANK": rank, "WORLD_SIZE": options.ranks}
-    place |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in (place | meeting).items()})
-    device = start_processes()
-
     state = ParallelState(expert_parallel_size=options.ranks)
     sizes = dataclasses.replace(sizes_of(options.model).without_dropout(), experts=options.experts)
-    layers = layers_of(sizes, state, choose_kernels("auto", device))
+    layers = layers_of(sizes, state, choose_kernels("auto", torch.device("cpu")))
     x, sequences = packed(options.samples, sizes.hidden_size, seed=rank)
     times: dict[str, list[float]] = {name: [] for name in layers}
 
@@ -97,14 +73,12 @@ def serve(line: Connection, options: Options, rank: int, port: int) -> None:
             if number > 1:  # the first ones allocate memory
                 times[name].append(max(state.gather(seconds)))
 
-    ratios = {
-        name: statistics.median(np.array(of_layer) / np.array(times["dense"]))
-        for name, of_layer in times.items()
+    dense = np.array(times["dense"])
+    return {
+        "tokens": len(x),
+        "seconds": {name: statistics.median(of_layer) for name, of_layer in times.items()},
+        "ratios": {name: statistics.median(of / dense) for name, of in times.items()},
     }
-    if rank == 0:
-        medians = {name: statistics.median(of_layer) for name, of_layer in times.items()}
-        line.send({"tokens": len(x), "seconds": medians, "ratios": ratios})
-    dist.barrier()
 
 
 def layers_of(

@@ -8,13 +8,10 @@ and the prediction is made for the mean of the two.
 
 import dataclasses
 import gc
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -24,12 +21,11 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import option
 from megatron_interbert.config.training import RunConfig
 from megatron_interbert.data.packing import PackedBatch, pack
-from megatron_interbert.errors import TrainingStopped, UsageError
+from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import Kernels
-from megatron_interbert.machines.processes import aligned, start_processes
+from megatron_interbert.machines.processes import aligned
 from megatron_interbert.model.flops import Tokens, training_flops
 from megatron_interbert.model.interbert import PRETRAINING_HEADS
-from megatron_interbert.parallel.launch import free_port
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import Layout
@@ -49,6 +45,7 @@ from megatron_interbert.training.model_plan import ModelPlan, build_engine
 from megatron_interbert.virtual.samples import random_examples
 from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.options import BenchmarkOptions
+from tools.benchmarks.ranks import run_ranks
 
 LENGTHS = (1 << 12, 1 << 23)  # elements of the collectives
 ADDED = 20_000_000  # elements of two tensors that are added, to measure memory
@@ -68,21 +65,7 @@ class Options(BenchmarkOptions):
 def measure(options: Options) -> dict[str, Any]:
     """Run all ranks, and print the table of their first one."""
     sizes = sizes_of(options.model)
-    context = get_context("spawn")
-    mine, theirs = context.Pipe()
-    port = free_port()
-    processes = [
-        context.Process(target=serve, args=(theirs, options, sizes, rank, port), daemon=True)
-        for rank in range(options.ranks)
-    ]
-    for process in processes:
-        process.start()
-
-    while not mine.poll(0.2):
-        if any(process.exitcode for process in processes):
-            raise TrainingStopped("a rank ended before it was measured; see its message above")
-
-    result = mine.recv()
+    result = run_ranks(serve, options.ranks, options, sizes)
     print(*table(result), sep="\n")
 
     return result
@@ -109,14 +92,8 @@ def table(result: dict[str, Any]) -> list[str]:
     ]
 
 
-def serve(line: Connection, options: Options, sizes: ModelConfig, rank: int, port: int) -> None:
+def serve(rank: int, options: Options, sizes: ModelConfig) -> dict[str, Any]:
     """Be one rank: describe the machine, then train in one layout after another."""
-    place = {"RANK": rank, "WORLD_SIZE": options.ranks}
-    place |= {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": options.ranks}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in (place | meeting).items()})
-    start_processes()
-
     machines = [describe_machine(options, sizes)]
     layouts = {}
     bar = progress(configurations(options, sizes), desc="layouts", unit="layout", shown=rank == 0)
@@ -132,10 +109,7 @@ def serve(line: Connection, options: Options, sizes: ModelConfig, rank: int, por
             "parts": dataclasses.asdict(predicted),
         }
 
-    if rank == 0:
-        machine = dataclasses.asdict(mean_machine(machines))
-        line.send({"machine": machine, "layouts": layouts})
-    dist.barrier()
+    return {"machine": dataclasses.asdict(mean_machine(machines)), "layouts": layouts}
 
 
 def configurations(options: Options, sizes: ModelConfig) -> list[RunConfig]:
