@@ -55,6 +55,13 @@ def is_expert(name: str) -> bool:
     return partition_kind(name) == "expert"
 
 
+def is_matrix(name: str, shape: Sequence[int]) -> bool:
+    """Check whether a parameter is a matrix, or one for each expert, and no bias: to these weight
+    decay applies.
+    """
+    return len(shape) > 1 and not name.endswith("bias")
+
+
 def place_of(name: str, state: ParallelState) -> tuple[int, int]:
     """Return (rank, ranks) of this process in the group over which a parameter is partitioned."""
     if is_expert(name):

@@ -101,16 +101,11 @@ def with_experts(
     """Return a model with other experts, prototypes or layers, as flags give them; 0 and False
     leave it as it is. Raises UsageError if they do not fit together.
     """
-    changes: dict[str, Any] = {}
-    if experts:
-        changes["experts"] = experts
-    if prototypes:
-        changes["prototypes"] = prototypes
-    if share_layers:
-        changes["share_layers"] = True
+    flags = {"experts": experts, "prototypes": prototypes, "share_layers": share_layers}
+    given: dict[str, Any] = {name: value for name, value in flags.items() if value}
 
     try:
-        return dataclasses.replace(config, **changes)
+        return dataclasses.replace(config, **given)
     except UsageError as error:
         raise UsageError(f"--experts, --prototypes: {error}") from None
 

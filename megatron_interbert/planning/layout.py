@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.construction import on_meta
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.partition import is_expert, partition_dimension
+from megatron_interbert.model.partition import is_expert, is_matrix, partition_dimension
 from megatron_interbert.parallel.shared_weights import unit_of
 from megatron_interbert.parallel.state import ParallelState
 
@@ -174,8 +174,8 @@ def divisions(sizes: ModelConfig, tensor: int, data: int, expert: int = 1) -> li
     kinds: dict[bool, list[tuple[int, bool]]] = {}
 
     for name, shape in rank_shapes(sizes, tensor, expert).items():
-        decays = len(shape) > 1 and not name.endswith("bias")
-        kinds.setdefault(apart and is_expert(name), []).append((math.prod(shape), decays))
+        entry = (math.prod(shape), is_matrix(name, shape))
+        kinds.setdefault(apart and is_expert(name), []).append(entry)
 
     found = [Division(tuple(kinds[False]), data)]
     if True in kinds:

@@ -324,8 +324,8 @@ class FragmentedState:
             target.copy_(self._whole(fragment, kind, target.device).view_as(target))
 
     def _whole(self, fragment: Fragment, kind: str, device: torch.device) -> torch.Tensor:
-        """Return a tensor of a parameter, flat, from the parts that no two ranks have; all experts
-        of experts'.
+        """Return a parameter whole and flat, with all experts, from the parts of all ranks, no two
+        of which have the same element.
         """
         start, shape = self._among_all(fragment.name, fragment.start, fragment.shape)
         own = fragment.tensors[kind]
@@ -333,24 +333,26 @@ class FragmentedState:
         whole[start : start + len(own)] = own
 
         self.state.sum_over_data(whole)
-        if self._is_divided_in_another_way(fragment.name):
+        if self._is_divided_by_tensor_ranks(fragment.name):
             self.state.sum_over_tensor(whole)
 
         return whole
 
-    def _is_divided_in_another_way(self, name: str) -> bool:
-        """Check whether a parameter is not divided among the data-parallel ranks alone."""
+    def _is_divided_by_tensor_ranks(self, name: str) -> bool:
+        """Check whether tensor-parallel ranks too divide a parameter's state, as they do that of
+        experts.
+        """
         return is_expert(name) and self.state.experts_apart
 
     @torch.no_grad()
     def copy_parts(self, parts: dict[str, torch.Tensor], kind: str = "weight") -> None:
         """Copy the weights or their average into equal parts of the parameters, flat, of
-        ceil(elements / ranks) elements: those that this rank keeps at stage 3, but for experts that
-        are divided in another way.
+        ceil(elements / ranks) elements: those that this rank keeps at stage 3. Experts that
+        DeepSpeed divides in another way are gathered first, one parameter at a time.
         """
         for fragment in self._fragments([kind]):
             part = parts[fragment.name]
-            if self._is_divided_in_another_way(fragment.name):
+            if self._is_divided_by_tensor_ranks(fragment.name):
                 whole = self._whole(fragment, kind, part.device)
                 first = len(part) * self.state.data_rank
                 own = whole[first : first + len(part)]

@@ -118,7 +118,7 @@ def plan_model(
 def routing_rule(config: TrainConfig, sizes: ModelConfig, state: ParallelState) -> RoutingRule:
     """Return what limits and balances the load of experts; only pretraining has flags for that.
 
-    Raises UsageError if micro-batches would not hold whole routing groups.
+    Raises UsageError if these are given for a model without experts.
     """
     if not isinstance(config, RunConfig):
         return RoutingRule()

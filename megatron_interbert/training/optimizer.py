@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.model.partition import is_matrix
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.expert_hooks import has_expert_tags
 
@@ -57,9 +58,8 @@ def parameter_groups(
 
 
 def decays(name: str, parameter: nn.Parameter) -> bool:
-    """Check whether weight decay applies to a parameter; the biases of experts are matrices too."""
-    shape = getattr(parameter, "ds_shape", parameter.shape)
-    return len(shape) > 1 and not name.endswith("bias")
+    """Check whether weight decay applies to a parameter, which ZeRO may have cut."""
+    return is_matrix(name, getattr(parameter, "ds_shape", parameter.shape))
 
 
 def elements(parameters: Iterable[nn.Parameter]) -> int:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.model.partition import is_expert, joined
+from megatron_interbert.model.partition import joined
 from megatron_interbert.weights.tensor_files import TensorLayout
 
 ONE_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(.*)")
@@ -48,13 +48,26 @@ def whole_names(names: Iterable[str], where: str) -> dict[str, list[str]]:
 
 
 def stacked(
-    names: Mapping[str, list[str]], layout: Callable[[str], TensorLayout], read: Read
+    names: Mapping[str, list[str]],
+    layout: Callable[[str], TensorLayout],
+    read: Read,
+    where: str,
 ) -> tuple[dict[str, TensorLayout], Read]:
-    """Return layouts and `read` of parameters that a file has in one tensor an expert."""
+    """Return layouts and `read` of parameters of which a file has a tensor for each expert, given
+    by `whole_names`. Raises UsageError if the tensors of a parameter differ in shape or dtype.
+    """
     layouts = {}
     for whole, parts in names.items():
         entry = layout(parts[0])
-        shape = (len(parts), *entry.shape) if is_expert(whole) else entry.shape
+        for part in parts:
+            if layout(part) != entry:
+                raise UsageError(
+                    f"{where}: {part} is of shape {[*layout(part).shape]} in {layout(part).dtype},"
+                    f" {parts[0]} of {[*entry.shape]} in {entry.dtype}; export the model again"
+                )
+
+        by_expert = parts != [whole]
+        shape = (len(parts), *entry.shape) if by_expert else entry.shape
         layouts[whole] = TensorLayout(entry.dtype, shape)
 
     def read_stacked(name: str, start: int, length: int) -> torch.Tensor:

@@ -242,6 +242,7 @@ def _huggingface(path: Path) -> WeightSource:
         whole_names(ours, str(path)),
         lambda name: tensors.layout(ours[name]),
         lambda name, *run: tensors.read(ours[name], *run),
+        str(path),
     )
     check_own({name: entry.shape for name, entry in layouts.items()}, sizes, str(path))
     facts = facts_of(values.get("training_facts") or {}, path / "config.json")

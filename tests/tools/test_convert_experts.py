@@ -96,6 +96,19 @@ def test_a_lost_expert_is_named(tmp_path, monkeypatch):
         InterBertForImageTextRetrieval.from_pretrained(tmp_path / "hf")
 
 
+def test_an_expert_of_another_shape_is_named(tmp_path, monkeypatch):
+    random_source(SIZES, tmp_path / "start")
+    convert(monkeypatch, tmp_path / "start", "--to", "huggingface", "--output", tmp_path / "hf")
+    file = tmp_path / "hf" / "model.safetensors"
+    tensors = load_file(file)
+    other = "text_stream.layers.0.mlp.experts.3.down.weight"
+    tensors[f"interbert.{other}"] = tensors[f"interbert.{other}"].T.contiguous()
+    save_file(tensors, file, {"format": "pt"})
+
+    with pytest.raises(UsageError, match=f"{other} is of shape"):
+        open_weights(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("target", ["official", "bert"])
 def test_formats_without_experts_refuse_them(target, tmp_path, monkeypatch):
     random_source(SIZES, tmp_path / "start")
