@@ -6,9 +6,9 @@ from tests.campaigns.peaks import compare, libraries_of, write_sizes
 
 
 def test_the_peak_of_two_ranks(store, tmp_path):
-    """Take 60 M parameters, so that allocations of Python do not blur the figure."""
+    """Take 100 M parameters: what differs from run to run, up to 0.1 GB, then blurs little."""
     libraries = libraries_of(store, tmp_path)
-    model = write_sizes(tmp_path, 768, (3, 3, 2))
+    model = write_sizes(tmp_path, 1024, (3, 3, 2))
     count, measured, planned = compare(store, model, 2, libraries)
-    assert count > 55e6
+    assert count > 100e6
     assert abs(measured / planned - 1) < 0.15, (measured, planned, libraries)

@@ -247,7 +247,7 @@ def test_a_disk_that_others_fill(store: Path, disk: Path, tmp_path: Path) -> Non
 
 
 @needs_library
-def test_a_build_that_fails_or_is_stopped_ends_the_run(tmp_path: Path) -> None:
+def test_a_build_that_fails_or_is_stopped_ends_the_run(store: Path, tmp_path: Path) -> None:
     """Check the run's last line and code where the compiler fails, and where a signal reaches all
     processes while it works; loader processes must not outlive it.
     """
@@ -255,7 +255,8 @@ def test_a_build_that_fails_or_is_stopped_ends_the_run(tmp_path: Path) -> None:
     called = tmp_path / "called"
     file = tmp_path / "ds.json"
     file.write_text(json.dumps(swapped("optimizer")))
-    flags = ("--bf16", "--deepspeed-config", file, "--nvme-path", tmp_path, "--num-workers", 2)
+    flags = ("--data-path", store, "--bf16", "--deepspeed-config", file)
+    flags = (*flags, "--nvme-path", tmp_path, "--num-workers", 2)
     places = {"CXX": str(compiler), "TORCH_EXTENSIONS_DIR": str(tmp_path / "extensions")}
 
     fails = "echo 'x.cpp:1: error: no such thing' >&2; exit 1"
