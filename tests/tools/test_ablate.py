@@ -14,7 +14,8 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_json
 from tests.corpus import write_store
 from tests.launching import launch
-from tools.studies import ablate
+from tools.studies.options import Options
+from tools.studies.variant_run import Run, Variant
 
 
 def test_ablation_from_runs_to_table(tmp_path):
@@ -95,8 +96,8 @@ def finished(tmp_path, monkeypatch):
             "2",
         ],
     )
-    options = read_options(ablate.Options)
-    run = ablate.Run("full", ablate.Variant("everything"), 5, options)
+    options = read_options(Options)
+    run = Run("full", Variant("everything"), 5, options)
 
     def call(entry, *flags):
         given = dict(itertools.pairwise(flags))
@@ -106,6 +107,7 @@ def finished(tmp_path, monkeypatch):
         else:
             (Path(given["--save"]) / "global_step2").mkdir(parents=True)
             (Path(given["--save"]) / "global_step2" / "manifest.json").write_text("{}")
+            (Path(given["--save"]) / "metrics.jsonl").write_text('{"step": 2, "split": "train"}\n')
 
     monkeypatch.setattr(run, "_call", call)
     run.results()
@@ -134,7 +136,13 @@ def test_results_of_unknown_options_are_not_taken(finished, record):
 def test_a_result_without_its_figures_is_one_line(finished, metrics):
     """Check at the end, when only the table remains to be made."""
     write_json(finished.folder / "finetuned" / "result" / "result.json", {"metrics": metrics})
-    with pytest.raises(UsageError, match=r"result\.json: expected the figures i2t_R@1, t2i_R@1"):
+    with pytest.raises(UsageError, match=r"result\.json: expected the figures t2i_R@1, i2t_R@1"):
+        finished.results()
+
+
+def test_a_pretraining_without_metrics_is_one_line(finished):
+    (finished.folder / "pretrained" / "metrics.jsonl").write_text('{"step": 2, "spl')
+    with pytest.raises(UsageError, match="expected the metrics of a pretraining, found none"):
         finished.results()
 
 

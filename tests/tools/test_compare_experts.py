@@ -3,9 +3,13 @@
 import json
 import sys
 
+from megatron_interbert.model.presets import PRESETS, load_model_config
 from megatron_interbert.weights.sources import open_weights
 from tests.corpus import write_store
 from tests.launching import launch
+from tools.studies.compare_experts import variants
+from tools.studies.options import Options
+from tools.studies.variant_run import Run
 
 
 def test_experts_from_runs_to_table(tmp_path):
@@ -15,16 +19,32 @@ def test_experts_from_runs_to_table(tmp_path):
         *(sys.executable, "tools/compare_experts.py", "--data-path", store),
         *("--test-data-path", store, "--output", output, "--model", "tiny", "--seeds", 5),
         *("--train-iters", 2, "--finetune-iters", 1, "--batch-size", 64, "--jobs", 2),
-        *("--only", "balanced,prototypes,pseudo-to-real"),
+        *("--only", "balanced,pseudo-to-real"),
     )
     assert code == 0, out + err
     found = json.loads((output / "experts.json").read_text())["results"]
-    assert found.keys() == {"balanced", "prototypes", "pseudo-to-real"}
-    assert "2 prototypes of 8 experts" in (output / "experts.md").read_text()
+    assert found.keys() == {"balanced", "pseudo-to-real"}
+    table = (output / "experts.md").read_text()
+    assert "| variant | pretraining loss | largest load | zero-shot t2i R@1 |" in table
+    assert "| 8 experts, top-1, balance loss 0.01 |" in table
+    for results in found.values():
+        assert 1 < results[0]["pretraining"]["loss"] < 20
+        assert 1 <= results[0]["pretraining"]["largest_load"] <= 8
 
-    sizes = open_weights(output / "prototypes" / "seed-5" / "pretrained").config
-    assert (sizes.experts, sizes.prototypes, sizes.ffn_hidden_size) == (16, 2, 64)
     folder = output / "pseudo-to-real" / "seed-5"
     assert open_weights(folder / "shared").config.share_layers
     untied = open_weights(folder / "pretrained").config
     assert (untied.experts, untied.share_layers) == (8, False)
+
+
+def test_all_variants_do_the_same_work_for_each_token(tmp_path):
+    dense = PRESETS["sample"]
+    options = Options(model="sample", output=str(tmp_path))
+
+    for name, variant in variants(dense).items():
+        run = Run(name, variant, 1, options)
+        sizes = load_model_config(run._model())
+        chosen = dict(zip(variant.flags[::2], variant.flags[1::2], strict=True))
+        prototypes = int(chosen.get("--prototypes", 1))
+        assert prototypes * sizes.ffn_hidden_size == dense.ffn_hidden_size, name
+        assert int(chosen.get("--experts", 8)) == 8 * prototypes, name

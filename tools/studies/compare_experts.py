@@ -1,9 +1,10 @@
 """Compare experts with a dense model of the same work for each token, on the sample corpus.
 
 For every variant and seed: pretrain, evaluate retrieval zero-shot, finetune for retrieval,
-evaluate; with the same steps and samples for all. Finished runs are not repeated, so a stopped
-study is resumable. Writes OUTPUT/experts.json and OUTPUT/experts.md. What a small generated world
-shows says nothing about models of M6's size.
+evaluate; with the same steps and samples for all. Loss and load are means over the last tenth of
+the pretraining: the sum of its objectives' losses, and the busiest expert's tokens over the mean.
+Finished runs are not repeated, so a stopped study is resumable. Writes OUTPUT/experts.json and
+OUTPUT/experts.md. What a small generated world shows says nothing about models of M6's size.
 
     python tools/compare_experts.py --data-path sample_corpus/train \\
         --test-data-path sample_corpus/test --output experts --language en
@@ -12,8 +13,15 @@ shows says nothing about models of M6's size.
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.model.presets import load_model_config
-from tools.studies.ablate import Options, Variant, study
+from tools.studies.options import Options
+from tools.studies.study import FIGURES, Figure, study
+from tools.studies.variant_run import Variant
 
+COLUMNS = {
+    "pretraining loss": Figure("pretraining", "loss", 3),
+    "largest load": Figure("pretraining", "largest_load"),
+    **FIGURES,
+}
 EXPERTS = 8
 BALANCED = ("--balance-coefficient", "0.01", "--data-partitions", "1", "--routing-group", "64")
 
@@ -40,7 +48,7 @@ def variants(sizes: ModelConfig) -> dict[str, Variant]:
 
 def run(options: Options) -> None:
     """Run what is missing and write the table."""
-    study(options, variants(load_model_config(options.model)), "experts")
+    study(options, variants(load_model_config(options.model)), "experts", COLUMNS)
 
 
 def main() -> None:
