@@ -26,15 +26,11 @@ from megatron_interbert.model.partition import partition_kind
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.progress import progress
 from megatron_interbert.reading import read_json
+from megatron_interbert.weights.heads import heads_of
 from megatron_interbert.weights.manifest import VOCABULARY
+from megatron_interbert.weights.output import Output
 from megatron_interbert.weights.sources import KINDS, WeightSource, open_weights
-from megatron_interbert.weights.targets import (
-    TARGETS,
-    Output,
-    describe_source,
-    heads_of,
-    write_target,
-)
+from megatron_interbert.weights.targets import TARGETS, write_target
 from megatron_interbert.weights.views import divided_into_experts, untied
 
 TYPES = {
@@ -97,6 +93,14 @@ class Options(Flags):
     )
     results: list[str] = option(
         (), "result.json files to show on the model card", several=True, group="more"
+    )
+
+
+def describe_source(source: WeightSource) -> str:
+    """Describe in one line what was opened."""
+    heads = ", ".join(heads_of(source)) or "none"
+    return f"{source.path}: {source.kind}, {len(source.layouts)} tensors, heads {heads}" + (
+        f"; left out: {', '.join(source.left_out[:8])}" if source.left_out else ""
     )
 
 

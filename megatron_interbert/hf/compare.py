@@ -12,8 +12,8 @@ from megatron_interbert.data.packing import Example, PackedBatch, pack
 from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.weights.heads import heads_of
 from megatron_interbert.weights.sources import WeightSource, open_weights
-from megatron_interbert.weights.targets import heads_of
 
 TOKENS = 12
 REGIONS = 9

@@ -29,8 +29,9 @@ from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.loading import load_model
 from megatron_interbert.weights.manifest import verify, write_manifest
+from megatron_interbert.weights.output import Output
 from megatron_interbert.weights.sources import open_weights
-from megatron_interbert.weights.targets import Output, write_target
+from megatron_interbert.weights.targets import write_target
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
 from tests.shared import ORACLE, needs_shared

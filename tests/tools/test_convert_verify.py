@@ -7,8 +7,9 @@ import sys
 import torch
 
 from megatron_interbert import hf
+from megatron_interbert.weights.output import Output
 from megatron_interbert.weights.sources import open_weights
-from megatron_interbert.weights.targets import Output, write_target
+from megatron_interbert.weights.targets import write_target
 from megatron_interbert.weights.tensor_files import TensorLayout
 from tests.launching import launch
 from tests.sizes import FOR_EIGHT_RANKS as SIZES

@@ -10,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.loading import load_model
+from megatron_interbert.weights.output import Output
 from megatron_interbert.weights.sources import open_weights, recognise
-from megatron_interbert.weights.targets import Output, write_target
+from megatron_interbert.weights.targets import write_target
 from tests.tools.test_convert import SIZES, convert, random_source
 
 

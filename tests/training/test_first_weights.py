@@ -18,8 +18,9 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.first_weights import open_initial_weights
 from megatron_interbert.training.model_plan import ModelPlan, build_model
+from megatron_interbert.weights.output import Output
 from megatron_interbert.weights.sources import open_weights
-from megatron_interbert.weights.targets import Output, write_target
+from megatron_interbert.weights.targets import write_target
 from tests.dist import run_on_ranks
 from tests.sizes import FOR_EIGHT_RANKS as SIZES
 from tests.tools.test_convert import random_source

@@ -27,8 +27,9 @@ from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.model_plan import build_engine, plan_model
 from megatron_interbert.virtual.samples import random_examples
+from megatron_interbert.weights.output import Output
 from megatron_interbert.weights.sources import open_weights
-from megatron_interbert.weights.targets import Output, write_target
+from megatron_interbert.weights.targets import write_target
 from tools.benchmarks.batches import sizes_of
 from tools.benchmarks.options import BenchmarkOptions
 
