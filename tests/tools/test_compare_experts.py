@@ -32,7 +32,7 @@ def test_experts_from_runs_to_table(tmp_path):
         assert 1 <= results[0]["pretraining"]["largest_load"] <= 8
 
     folder = output / "pseudo-to-real" / "seed-5"
-    assert open_weights(folder / "shared").config.share_layers
+    assert open_weights(folder / "first").config.share_layers
     untied = open_weights(folder / "pretrained").config
     assert (untied.experts, untied.share_layers) == (8, False)
 

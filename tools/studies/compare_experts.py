@@ -40,8 +40,14 @@ def variants(sizes: ModelConfig) -> dict[str, Variant]:
             two,
             {"ffn_hidden_size": sizes.ffn_hidden_size // 2},
         ),
+        "two-schedules": Variant(
+            f"{EXPERTS} experts, top-1, two halves with a schedule each", one, first_part=0.5
+        ),
         "pseudo-to-real": Variant(
-            f"{EXPERTS} experts, top-1, layers shared in the first half", one, shared_part=0.5
+            "the same, layers shared in the first half",
+            one,
+            first_part=0.5,
+            first_flags=("--share-layers",),
         ),
     }
 

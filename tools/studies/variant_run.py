@@ -29,13 +29,15 @@ class Variant:
     """Hold one row of the table: its description, flags of its pretraining, and sizes that differ
     from the model's.
 
-    In the first `shared_part` of its steps all layers of a stack are one; then they are untied.
+    The pretraining may be two runs, each with a schedule of its own: the first takes `first_part`
+    of the steps, with `first_flags` too, and the second starts from its weights.
     """
 
     what: str
     flags: tuple[str, ...] = ()
     sizes: dict[str, int] = field(default_factory=dict)
-    shared_part: float = 0.0
+    first_part: float = 0.0
+    first_flags: tuple[str, ...] = ()
 
 
 class Run:
@@ -67,13 +69,13 @@ class Run:
             *self.variant.flags,
             *shlex.split(self.options.pretrain_flags),
         )
-        shared = round(self.options.train_iters * self.variant.shared_part)
+        steps = round(self.options.train_iters * self.variant.first_part)
 
-        if shared:
-            first = self.folder / "shared"
-            self._train(first, shared, "pretrain", *flags, "--share-layers")
+        if steps:
+            first = self.folder / "first"
+            self._train(first, steps, "pretrain", *flags, *self.variant.first_flags)
             flags = (*flags, "--init-from", first)
-        self._train(save, self.options.train_iters - shared, "pretrain", *flags)
+        self._train(save, self.options.train_iters - steps, "pretrain", *flags)
 
         return save
 
