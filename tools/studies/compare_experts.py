@@ -23,16 +23,17 @@ COLUMNS = {
     **FIGURES,
 }
 EXPERTS = 8
-BALANCED = ("--balance-coefficient", "0.01", "--data-partitions", "1", "--routing-group", "64")
+SAME_ORDER = ("--data-partitions", "1")  # which a routing group of a whole batch needs
+BALANCED = ("--balance-coefficient", "0.01", "--routing-group", "64")
 
 
 def variants(sizes: ModelConfig) -> dict[str, Variant]:
     """Return all variants by name; a token passes through products of the same size in each."""
-    one = ("--experts", str(EXPERTS))
-    two = ("--experts", str(2 * EXPERTS), "--prototypes", "2")
+    one = (*SAME_ORDER, "--experts", str(EXPERTS))
+    two = (*SAME_ORDER, "--experts", str(2 * EXPERTS), "--prototypes", "2")
 
     return {
-        "full": Variant("dense"),
+        "full": Variant("dense", SAME_ORDER),
         "top-1": Variant(f"{EXPERTS} experts, top-1", one),
         "balanced": Variant(f"{EXPERTS} experts, top-1, balance loss 0.01", (*one, *BALANCED)),
         "prototypes": Variant(

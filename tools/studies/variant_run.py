@@ -21,6 +21,7 @@ from tools.studies.options import Options
 from tools.studies.pretraining_figures import pretraining_figures
 
 Results = dict[str, dict[str, float]]  # figures of each stage of a run
+SECOND_SEED = 1000  # added to the seed of a pretraining's second run
 NEEDED = ("t2i_R@1", "i2t_R@1")
 
 
@@ -30,7 +31,8 @@ class Variant:
     from the model's.
 
     The pretraining may be two runs, each with a schedule of its own: the first takes `first_part`
-    of the steps, with `first_flags` too, and the second starts from its weights.
+    of the steps, with `first_flags` too, and the second starts from its weights; it takes samples
+    in an order of its own.
     """
 
     what: str
@@ -69,13 +71,18 @@ class Run:
             *self.variant.flags,
             *shlex.split(self.options.pretrain_flags),
         )
-        steps = round(self.options.train_iters * self.variant.first_part)
+        steps = self.options.train_iters
+        first_steps = round(steps * self.variant.first_part)
 
-        if steps:
-            first = self.folder / "first"
-            self._train(first, steps, "pretrain", *flags, *self.variant.first_flags)
-            flags = (*flags, "--init-from", first)
-        self._train(save, self.options.train_iters - steps, "pretrain", *flags)
+        if not first_steps:
+            self._train(save, steps, "pretrain", *flags)
+            return save
+
+        first = self.folder / "first"
+        self._train(first, first_steps, "pretrain", *flags, *self.variant.first_flags)
+        again = ("--init-from", first)
+        order = SECOND_SEED + self.seed
+        self._train(save, steps - first_steps, "pretrain", *flags, *again, seed=order)
 
         return save
 
@@ -127,13 +134,14 @@ class Run:
 
         return str(path)
 
-    def _train(self, save: Path, iterations: int, entry: str, *flags: object) -> None:
+    def _train(
+        self, save: Path, iterations: int, entry: str, *flags: object, seed: int | None = None
+    ) -> None:
         done = newest_checkpoint(save) if save.is_dir() else None
         self._same(save, flags_of(save), json.dumps([entry, *map(str, flags), str(iterations)]))
         if done is None or done.name != f"global_step{iterations}":
-            self._call(
-                entry, *flags, "--seed", self.seed, "--train-iters", iterations, "--save", save
-            )
+            seed = self.seed if seed is None else seed
+            self._call(entry, *flags, "--seed", seed, "--train-iters", iterations, "--save", save)
 
     def _same(self, place: Path, record: Path, text: str) -> None:
         """Record the options of a stage; raises UsageError if it was made with others, or if that
