@@ -27,7 +27,7 @@ from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from megatron_interbert.command_line import parse, span
 from megatron_interbert.config.options import AUTO, option
 from megatron_interbert.config.training import RunConfig
-from megatron_interbert.data.order import MicroBatches
+from megatron_interbert.data.order import MicroBatches, check_partitions
 from megatron_interbert.data.packing import PackedBatch, pack, to_batch
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
@@ -100,12 +100,7 @@ class DryRunConfig(RunConfig):
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
-        for name in ("tensor_model_parallel_size", "expert_parallel_size"):
-            if self.world_size % getattr(self, name):
-                raise UsageError(
-                    f"--world-size {self.world_size} is not a multiple of {self.told(name)};"
-                    " change one of them"
-                )
+        self.check_ranks(self.world_size)
         if self.micro_batch_size == AUTO:
             raise UsageError("--micro-batch-size auto is found by trial on a device; give a number")
 
@@ -145,6 +140,11 @@ def settle(config: DryRunConfig) -> None:
         sizes, note = with_usual_data(sizes_of_model(config))
         check_words(sizes, config.words[1])
         config.notes += [note] if note else []
+        # random samples are as many as needed
+        config.fit_partitions(max(config.data_partitions, config.global_batch_size))
+        check_partitions(
+            config.told("data_partitions"), config.data_partitions, config.data_parallel_size
+        )
 
 
 def settle_kernels(config: DryRunConfig) -> None:
@@ -180,6 +180,7 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
             )
             job = random_job(config) if config.words else pretraining_job(config, state)
             plan = plan_model(config, job, state, HERE)
+            config.check_routing_groups()
             return rehearse(config, job, plan, state, micro_batches(config, job, state))
     except UsageError as error:
         return str(error)

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -68,6 +69,8 @@ class PreflightConfig(RunConfig):
         False, "skip hashing the shards and reading every record", group="preflight"
     )
 
+    by_trial: ClassVar[bool] = False  # --micro-batch-size auto
+
 
 def check_environment(config: PreflightConfig) -> str:
     """Check versions, device and precision; return a summary."""
@@ -97,18 +100,13 @@ def check_environment(config: PreflightConfig) -> str:
 
 def check_batch(config: PreflightConfig) -> str:
     """Check batch arithmetic, DeepSpeed JSON and partitions at the run's size; return a summary."""
-    if config.world_size % config.tensor_model_parallel_size:
-        raise UsageError(
-            f"--world-size {config.world_size} is not a multiple of --tensor-model-parallel-size"
-            f" {config.tensor_model_parallel_size}; change one of them"
-        )
-
+    config.check_ranks(config.world_size)
     ranks = ranks_of(config)
     config.data_parallel_size = ranks
     config.fit_zero_stage(config.world_size)
-    by_trial = config.micro_batch_size == AUTO
+    config.by_trial = config.micro_batch_size == AUTO
 
-    if by_trial:  # the run tries which sizes fit; here the smallest stands for all
+    if config.by_trial:  # the run tries which sizes fit; here the smallest stands for all
         agree_with_json(config)
         if not config.global_batch_size:
             raise UsageError("--micro-batch-size auto needs --global-batch-size, which it divides")
@@ -117,7 +115,7 @@ def check_batch(config: PreflightConfig) -> str:
     engine = merge(config, ranks)
     if not config.is_default("data_partitions"):
         check_partitions(config.told("data_partitions"), config.data_partitions, ranks)
-    if by_trial:
+    if config.by_trial:
         return (
             f"global batch {config.global_batch_size}, micro-batches by trial when the run starts"
             f" (checked here: 1); DP {ranks}"
@@ -136,8 +134,15 @@ def check_data(config: PreflightConfig) -> str:
     tokenizer = vocabulary_of_run(config, config.stores())
     sizes = fitted_sizes(config, tokenizer, corpus)
     sizes.check_tensor_parallel(config.tensor_model_parallel_size)
+    sizes.check_expert_parallel(config.expert_parallel_size)
     config.check_float8(sizes)
+    config.check_routing(sizes)
     dataset = PretrainingSet(corpus, tokenizer, config)
+    if config.by_trial:
+        config.micro_batch_size = config.micro_batch_multiple
+    else:
+        config.check_routing_groups()
+
     some = np.arange(min(1000, corpus.num_captions))
     pieces = corpus.tokens(some, tokenizer, config.max_tokens - 2).ids
     unknown = int((pieces == tokenizer.unknown).sum())

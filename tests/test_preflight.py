@@ -107,3 +107,18 @@ def test_the_step_of_one_process_in_secondary_groups(tmp_path: Path) -> None:
     code, out, err = launch(*command, "--world-size", 4)
     assert code == 0, out + err
     assert "ok      step         losses" in out
+
+
+def test_a_run_with_experts(tmp_path: Path) -> None:
+    """Check the step of one process with all experts, and what the run's ranks must divide."""
+    flags = ("--data-path", write_store(tmp_path / "store"), "--fast", *TINY, "--experts", 8)
+    flags = (*flags, "--micro-batch-size", "auto", "--global-batch-size", 64, "--world-size", 8)
+    command = (sys.executable, "-m", "megatron_interbert.preflight", *flags)
+    balanced = ("--capacity-factor", 1.25, "--balance-coefficient", 0.01, "--routing-group", 2)
+    code, out, err = launch(*command, *balanced, "--expert-parallel-size", 8)
+    assert code == 0, out + err
+    assert "ok      step         losses" in out
+
+    code, out, err = launch(*command, "--expert-parallel-size", 3)
+    assert code == 2, out + err
+    assert "--world-size 8 is not a multiple of --expert-parallel-size 3" in out

@@ -86,6 +86,9 @@ class Options(Flags):
     prototypes: int = option(
         1, "groups of these experts, in each of which a token goes to one", least=1, group="model"
     )
+    expert_stacks: str = option(
+        ",".join(ModelConfig.STACKS), "stacks that get experts, comma-separated", group="model"
+    )
     untie_layers: bool = option(
         False,
         "give each layer of a model trained with --share-layers parameters of its own",
@@ -174,7 +177,7 @@ def run(options: Options) -> None:
         source = untied(source)
     if options.experts:
         source = divided_into_experts(
-            source, options.experts, options.prototypes, ",".join(ModelConfig.STACKS)
+            source, options.experts, options.prototypes, options.expert_stacks
         )
     if options.list_only:
         list_tensors(source)

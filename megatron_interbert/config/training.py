@@ -112,6 +112,22 @@ class TrainConfig(
         if alone and self.is_default("zero_stage") and not self.deepspeed_config:
             self.zero_stage = 0
 
+    def check_ranks(self, processes: int) -> None:
+        """Raise UsageError if tensor-parallel or expert-parallel groups do not divide a run's
+        processes.
+        """
+        for name in ("tensor_model_parallel_size", "expert_parallel_size"):
+            if processes % getattr(self, name):
+                raise UsageError(
+                    f"--world-size {processes} is not a multiple of {self.told(name)}; change one"
+                    " of them"
+                )
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Return of how many samples a micro-batch must be a multiple."""
+        return 1
+
     def global_batch(self, data_parallel_size: int) -> int:
         """Return the samples per optimizer step over all ranks."""
         return (
@@ -276,11 +292,20 @@ class RunConfig(TrainConfig):
                 f"{self.told(name)}, but the model has no experts; leave it out, or give --experts"
             )
 
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Return of how many samples a micro-batch must be a multiple, to hold whole routing groups
+        of each partition of a rank.
+        """
+        if not self.routes_in_groups:
+            return 1
+        return max(self.data_partitions // self.data_parallel_size, 1) * self.routing_group
+
     def check_routing_groups(self) -> None:
         """Raise UsageError if a micro-batch would not hold whole routing groups."""
         ranks = self.data_parallel_size
-        least = self.data_partitions // ranks * self.routing_group
-        if self.routes_in_groups and self.micro_batch_size % least:
+        least = self.micro_batch_multiple
+        if self.micro_batch_size % least:
             raise UsageError(
                 f"{self.told('micro_batch_size')} would cut routing groups: expected a multiple of"
                 f" {least} = {self.told('data_partitions')} / data-parallel size {ranks} x"

@@ -238,7 +238,7 @@ class InterBertForSequenceClassification(InterBertPreTrainedModel):
         )
         output = self.run(inputs)[0]
         pooled = output.pooled_text
-        if output.pooled_image is not None:
+        if visual_feats is not None:
             pooled = self.interbert.fuse(pooled, output.pooled_image)
 
         logits = self.classifier(F.dropout(pooled, self.config.hidden_dropout, self.training))

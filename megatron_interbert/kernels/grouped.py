@@ -92,12 +92,22 @@ class Together:
         grad: torch.Tensor, x: torch.Tensor, counts: Counts, _: type
     ) -> torch.Tensor:
         """Return the gradient of the weight; that of an expert without rows is 0."""
-        return F.grouped_mm(grad.t(), x, offs=ends(counts, x.device))
+        found = F.grouped_mm(grad.t(), x, offs=ends(counts, x.device))
+        idle = [expert for expert, rows in enumerate(counts) if not rows]
+        if idle:  # what a kernel leaves there is not documented
+            found[idle] = 0
+
+        return found
 
 
 def ends(counts: Counts, device: torch.device) -> torch.Tensor:
     """Return where the rows of each expert end: int32 [E]."""
     return torch.tensor(counts).cumsum(0, dtype=torch.int32).to(device, non_blocking=True)
+
+
+def is_aligned(weight: torch.Tensor) -> bool:
+    """Check whether each row of a matrix, and of its transpose, is a multiple of 16 bytes."""
+    return all(size * weight.element_size() % 16 == 0 for size in weight.shape[1:])
 
 
 def grouped_linear(
@@ -109,7 +119,7 @@ def grouped_linear(
     products: type,
 ) -> torch.Tensor:
     """Return y, with gradients by the same class `by` (OneByOne or Together)."""
-    if not len(x):  # which torch's grouped product refuses
+    if not len(x) or not is_aligned(weight):  # which torch's grouped product refuses
         by = OneByOne
 
     return _GroupedLinear.apply(x, weight, bias, counts, by, products)

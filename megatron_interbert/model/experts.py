@@ -5,7 +5,6 @@ k prototypes.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -15,14 +14,11 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.gather import gather_rows
 from megatron_interbert.kernels.grouped import grouped_linear
-from megatron_interbert.model.router import (
-    Choice,
-    Router,
-    RouterReport,
-    RoutingRule,
-    Tokens,
+from megatron_interbert.model.router import Choice, Router, RouterReport, count
+from megatron_interbert.model.routing_groups import (
+    RoutedTokens,
+    RoutingGroups,
     balance_of,
-    count,
     within_capacity,
 )
 from megatron_interbert.parallel.collectives import group_rank, start_gather
@@ -77,20 +73,17 @@ class Experts(nn.Module):
     ranks of the expert-parallel group divide them.
     """
 
-    def __init__(
-        self, config: ModelConfig, state: ParallelState, kernels: Kernels, rule: RoutingRule
-    ) -> None:
+    def __init__(self, config: ModelConfig, state: ParallelState, kernels: Kernels) -> None:
         super().__init__()
         self.placement = state.placement
         self.group = state.expert_group
         self.count = config.experts
-        self.rule = rule
         self.router = Router(config.hidden_size, config.experts, config.prototypes, state.placement)
         here = config.experts // state.expert_size
         self.experts = ExpertMlps(here, config.hidden_size, config.ffn_hidden_size, state, kernels)
 
     def forward(
-        self, x: torch.Tensor, tokens: Tokens | None = None
+        self, x: torch.Tensor, tokens: RoutedTokens | None = None
     ) -> tuple[torch.Tensor, RouterReport]:
         """Compute the rows of x, as placed; `tokens` describes all of them, by default as real
         tokens without routing groups.
@@ -98,7 +91,7 @@ class Experts(nn.Module):
         given = len(x)
         x = self._own_rows(x)
         ranks = self.placement.ranks
-        tokens = tokens or Tokens(given * (ranks if self.placement.shared else 1))
+        tokens = tokens or RoutedTokens(given * (ranks if self.placement.shared else 1))
         first = len(x) * group_rank(self.placement.group)
         own = slice(first, first + len(x))
 
@@ -107,15 +100,9 @@ class Experts(nn.Module):
         real = (row < tokens.real)[:, None]
         kept = real.expand_as(choice.expert)
         balance = choice.weight.new_zeros(())
-
-        if self.rule.needs_groups and tokens.group is not None:
-            everyone = self._of_all_ranks(choice.expert)
-            tokens = _padded(tokens, len(everyone))
-            if self.rule.capacity_factor:
-                fits = within_capacity(everyone, tokens, self.count, self.rule.capacity_factor)
-                kept = kept & fits[own]
-            if self.rule.balanced:
-                balance = balance_of(everyone, choice, tokens, own, self.count)
+        if tokens.groups is not None:
+            fits, balance = self._in_groups(choice, tokens.groups, own)
+            kept = kept & fits
 
         report = RouterReport(balance, self._figures(choice, real, kept, balance))
         y = self._compute(x, choice, kept)
@@ -131,6 +118,16 @@ class Experts(nn.Module):
             return x
 
         return self.placement.split(F.pad(x, (0, 0, 0, -len(x) % ranks)))
+
+    def _in_groups(
+        self, choice: Choice, groups: RoutingGroups, own: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return which choices [n, k] of this rank's rows fit, and its share of the balance."""
+        everyone = self._of_all_ranks(choice.expert)
+        groups = groups.padded(len(everyone))
+        fits = within_capacity(everyone, groups, self.count)
+
+        return fits[own], balance_of(everyone, choice, groups, own, self.count)
 
     def _of_all_ranks(self, expert: torch.Tensor) -> torch.Tensor:
         """Return the choices [N, k] of all tensor-parallel ranks."""
@@ -180,11 +177,3 @@ class Experts(nn.Module):
             sums = [dropped, (entropy * real[:, 0]).sum(), balance, real.sum()]
 
             return torch.cat([loads, torch.stack([value.float() for value in sums])])
-
-
-def _padded(tokens: Tokens, rows: int) -> Tokens:
-    """Extend the description of tokens to `rows` rows by padding."""
-    more = (0, rows - len(tokens.group))
-    group = F.pad(tokens.group, more, value=tokens.groups)
-
-    return replace(tokens, group=group, position=F.pad(tokens.position, more))

@@ -22,7 +22,8 @@ from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
 from megatron_interbert.model.experts import Experts
 from megatron_interbert.model.heads import Pooler, RegionHead, SentenceHead, WordHead
 from megatron_interbert.model.partition import mark_shards
-from megatron_interbert.model.router import RouterReport, RoutingRule
+from megatron_interbert.model.router import RouterReport
+from megatron_interbert.model.routing_groups import RoutingRule
 from megatron_interbert.model.transformer import Mlp, TransformerLayer, TransformerStack
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -72,7 +73,7 @@ def build_stack(
 
     def mlp() -> nn.Module:
         if config.has_experts(name):
-            return Experts(config, state, kernels, rule)
+            return Experts(config, state, kernels)
         return Mlp(config.hidden_size, config.ffn_hidden_size, state.placement, kernels)
 
     layers = [
@@ -122,6 +123,7 @@ class InterBert(nn.Module):
         rule = rule or RoutingRule()
         config.check_tensor_parallel(state.tensor_size)
         config.check_expert_parallel(state.expert_size)
+        self.divides_experts = state.expert_size > 1
         self.config = config
         self.text_embedding = TextEmbedding(config, state.tensor_group, kernels)
         if not text_only:
@@ -161,9 +163,9 @@ class InterBert(nn.Module):
 
         The last layer of each stream is computed only for the tokens that are pooled or predicted,
         and word logits exist only inside their loss. `everything` returns the hidden states of all
-        tokens too, and the word logits instead of their losses. In training of experts in the image
-        stream, a batch without images has logits of 0 rows, for which a loss must be computed: all
-        ranks go through the same layers, forward and backward.
+        tokens too, and the word logits instead of their losses. If several ranks divide the experts
+        of the image stream, a batch without images has logits of 0 rows, for which a loss must be
+        computed: all ranks go through the same layers, forward and backward.
         """
         words = batch.msm_positions
         regions = batch.mrm_positions
@@ -269,11 +271,14 @@ class InterBert(nn.Module):
 
     @property
     def _waits_for_images(self) -> bool:
-        """Check whether other ranks may wait for this one in the experts of the image stream, even
-        if it has no image.
+        """Check whether other ranks may wait for this one in the image stream, even if it has no
+        image: for its experts, or at ZeRO stage 3 for its parameters.
         """
-        with_images = hasattr(self, "image_stream") and self.config.has_experts("image")
-        return with_images and self.training
+        if not hasattr(self, "image_stream") or not self.config.has_experts("image"):
+            return False
+
+        in_parts = any(hasattr(p, "ds_id") for p in self.image_pooler.parameters())
+        return self.divides_experts or in_parts
 
     def fuse(self, pooled_text: torch.Tensor, pooled_image: torch.Tensor) -> torch.Tensor:
         """Return the element-wise product or sum of the pooled vectors [B, P]."""

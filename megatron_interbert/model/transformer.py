@@ -14,7 +14,8 @@ from torch import nn
 
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.kernels.sequences import Sequences
-from megatron_interbert.model.router import RouterReport, RoutingRule, Tokens, describe_tokens
+from megatron_interbert.model.router import RouterReport
+from megatron_interbert.model.routing_groups import RoutedTokens, RoutingRule, describe_tokens
 from megatron_interbert.parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
@@ -73,7 +74,9 @@ class Mlp(nn.Module):
         )
         self.down = RowParallelLinear(ffn, hidden, placement, kernels.products)
 
-    def forward(self, x: torch.Tensor, tokens: Tokens | None = None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, x: torch.Tensor, tokens: RoutedTokens | None = None
+    ) -> tuple[torch.Tensor, None]:
         """Return the result, and None: there is no routing to report."""
         return self.down(self.up(x)), None
 
@@ -148,7 +151,7 @@ class TransformerLayer(nn.Module):
         x: torch.Tensor,
         sequences: Sequences,
         rows: torch.Tensor | None = None,
-        tokens: Tokens | None = None,
+        tokens: RoutedTokens | None = None,
     ) -> tuple[torch.Tensor, RouterReport | None]:
         """Run the layer for all tokens [N, H], or only those of `rows` [R] (each at most once),
         which still attend to their whole sequence: [R, H]. `tokens` describes them for experts,
@@ -162,7 +165,7 @@ class TransformerLayer(nn.Module):
         return self.after_attention(attended, x, tokens)
 
     def after_attention(
-        self, attended: torch.Tensor, x: torch.Tensor, tokens: Tokens | None = None
+        self, attended: torch.Tensor, x: torch.Tensor, tokens: RoutedTokens | None = None
     ) -> tuple[torch.Tensor, RouterReport | None]:
         """Run the rest of the layer after `attend`: its result [N, H / ranks] and x -> [N, H], with
         the report of experts.
@@ -249,7 +252,7 @@ class TransformerStack(nn.Module):
 
     def _describe(
         self, sequences: Sequences, rows: torch.Tensor, real: int, samples: int
-    ) -> Tokens:
+    ) -> RoutedTokens:
         """Describe rows for experts, which limit and balance nothing outside training."""
         rule = self.rule if self.training else RoutingRule()
         return describe_tokens(rule, sequences, rows, real, samples)

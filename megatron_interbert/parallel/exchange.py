@@ -16,16 +16,16 @@ from megatron_interbert.parallel.collectives import group_size
 class Exchange:
     """Bring rows that are sorted by expert to the ranks that hold these experts, and back.
 
-    `counts` [experts], int64, are the rows that this rank has for each expert, `most` of them at
-    most. Each rank of the group holds an equal number of experts, in order. All ranks of the group
-    must make the same calls, also those that have no rows.
+    `counts` [experts], int64, are the rows that this rank has for each expert, of `rows` in all:
+    padding and dropped ones have none. Each rank of the group holds an equal number of experts, in
+    order. All ranks of the group must make the same calls, also those that have no rows.
     """
 
-    def __init__(self, counts: torch.Tensor, group: dist.ProcessGroup | None, most: int) -> None:
+    def __init__(self, counts: torch.Tensor, group: dist.ProcessGroup | None, rows: int) -> None:
         self.group = group
         self.ranks = group_size(group)
         if self.ranks == 1:
-            (self.held,) = on_host([counts], most)
+            (self.held,) = read_counts([counts], rows)
             self.mine = sum(self.held)
             return
 
@@ -36,7 +36,7 @@ class Exchange:
         from_ranks = received.view(self.ranks, -1)
         # rows to each rank, from each rank, and of each expert here from all ranks
         sizes = (to_ranks.sum(1), from_ranks.sum(1), from_ranks.sum(0))
-        self.sent, self.received, self.held = on_host(sizes, most)
+        self.sent, self.received, self.held = read_counts(sizes, rows)
         self.mine = sum(self.sent)  # rows of this rank
 
         # rows arrive by rank, and from each by expert
@@ -71,9 +71,11 @@ class Exchange:
         return result
 
 
-def on_host(sizes: Sequence[torch.Tensor], most: int) -> list[list[int]]:
-    """Return vectors of numbers of rows as lists; each vector is of up to `most` rows of every
-    rank. Waits for the device once.
+def read_counts(sizes: Sequence[torch.Tensor], rows: int) -> list[list[int]]:
+    """Read vectors of numbers of rows; waits for the device once.
+
+    In a dry run, whose tensors have no content, `rows` are divided evenly instead
+    (virtual/stand_ins.py).
     """
     together = torch.cat(list(sizes)).tolist()
     found = []

@@ -95,6 +95,13 @@ def viewed_as(config: ModelConfig, source: WeightSource, seed: int) -> WeightSou
             " --share-layers out"
         )
 
+    if source.config.experts and source.config.prototypes != config.prototypes:
+        raise UsageError(
+            f"{source.path}: its {source.config.experts} experts are divided into"
+            f" {source.config.prototypes} prototypes, the run's into {config.prototypes}, which"
+            f" choose others; give --prototypes {source.config.prototypes}"
+        )
+
     if source.config.share_layers and not config.share_layers:
         source = untied(source)
         source.notes.append(f"note: the shared layers of {source.path} become layers of their own")

@@ -320,23 +320,28 @@ class FragmentedState:
         targets = dict(model.named_parameters())
 
         for fragment in map(self._own_part, self._fragments([kind])):
-            target = targets[fragment.name]
-            target.copy_(self._whole(fragment, kind, target.device).view_as(target))
+            target = targets[fragment.name].view(-1)
+            for first, elements in self._of_all_ranks(fragment, kind, target.device):
+                target[first : first + len(elements)] = elements
 
-    def _whole(self, fragment: Fragment, kind: str, device: torch.device) -> torch.Tensor:
-        """Return a parameter whole and flat, with all experts, from the parts of all ranks, no two
-        of which have the same element.
+    def _of_all_ranks(
+        self, fragment: Fragment, kind: str, device: torch.device
+    ) -> Iterator[tuple[int, torch.Tensor]]:
+        """Yield a flat parameter with all experts, from the parts of all ranks, no two of which
+        have the same element, in runs of up to PART elements: (first element, elements).
         """
         start, shape = self._among_all(fragment.name, fragment.start, fragment.shape)
         own = fragment.tensors[kind]
-        whole = torch.zeros(math.prod(shape), dtype=torch.float32, device=device)
-        whole[start : start + len(own)] = own
+        length = math.prod(shape)
 
-        self.state.sum_over_data(whole)
-        if self._is_divided_by_tensor_ranks(fragment.name):
-            self.state.sum_over_tensor(whole)
+        for first in range(0, length, PART):
+            elements = torch.zeros(min(PART, length - first), device=device)
+            put_overlap(elements, first, own, start)
+            self.state.sum_over_data(elements)
+            if self._is_divided_by_tensor_ranks(fragment.name):
+                self.state.sum_over_tensor(elements)
 
-        return whole
+            yield first, elements
 
     def _is_divided_by_tensor_ranks(self, name: str) -> bool:
         """Check whether tensor-parallel ranks too divide a parameter's state, as they do that of
@@ -347,16 +352,15 @@ class FragmentedState:
     @torch.no_grad()
     def copy_parts(self, parts: dict[str, torch.Tensor], kind: str = "weight") -> None:
         """Copy the weights or their average into equal parts of the parameters, flat, of
-        ceil(elements / ranks) elements: those that this rank keeps at stage 3. Experts that
-        DeepSpeed divides in another way are gathered first, one parameter at a time.
+        ceil(elements / ranks) elements: those that this rank keeps at stage 3. Experts, which
+        DeepSpeed divides in another way, come from all ranks.
         """
         for fragment in self._fragments([kind]):
             part = parts[fragment.name]
             if self._is_divided_by_tensor_ranks(fragment.name):
-                whole = self._whole(fragment, kind, part.device)
-                first = len(part) * self.state.data_rank
-                own = whole[first : first + len(part)]
-                part[: len(own)] = own
+                begin = len(part) * self.state.data_rank
+                for first, elements in self._of_all_ranks(fragment, kind, part.device):
+                    put_overlap(part, begin, elements, first)
                 continue
 
             if fragment.length and fragment.start != len(part) * self.state.data_rank:
@@ -377,6 +381,16 @@ class FragmentedState:
             self.zero.update_lp_params()
         else:
             self.zero.checkpoint_event_epilogue()  # and gather them again with their new values
+
+
+def put_overlap(target: torch.Tensor, start: int, run: torch.Tensor, first: int) -> None:
+    """Copy what is in both: elements [start, ..) of a line into `target`, which begins at `start`,
+    from `run`, which begins at `first`.
+    """
+    begin = max(start, first)
+    end = min(start + len(target), first + len(run))
+    if begin < end:
+        target[begin - start : end - start] = run[begin - first : end - first]
 
 
 def mapped_run(parameter: nn.Parameter) -> tuple[int, int, int]:

@@ -58,7 +58,8 @@ class Trainer:
         self.checkpoints = checkpoints
         self.progress = progress
 
-        self.routing = RoutingHealth(self.config, job.model_config, self.state)
+        text_only = bool(job.model_options.get("text_only"))
+        self.routing = RoutingHealth(self.config, job.model_config, self.state, text_only)
         self.peak = peak_tflops(self.device, self.config.peak_tflops)
         self.bad_steps = 0
         self.save_is_owed = False  # a save was due while steps were bad

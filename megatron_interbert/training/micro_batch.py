@@ -204,6 +204,13 @@ def choose_micro_batch(
     """
     state = trial.state
     share = share_of(global_batch, state.data_size)
+    if share % trial.config.micro_batch_multiple:
+        raise UsageError(
+            f"--micro-batch-size auto: a rank's share of {share} samples is not a multiple of"
+            f" {trial.config.micro_batch_multiple}, which hold whole routing groups; give another"
+            " --global-batch-size or --routing-group"
+        )
+
     room = memory_of(trial.device) * USED
     rates = measure_rates(trial, make_model, share, room, alive)
     if not rates:
@@ -250,7 +257,8 @@ def measure_rates(
     model: InterBert | None = None  # is built once something fits
     rates: dict[int, float] = {}
 
-    for samples in (size for size in range(1, share + 1) if share % size == 0):
+    multiple = trial.config.micro_batch_multiple
+    for samples in (n for n in range(multiple, share + 1, multiple) if share % n == 0):
         if rates and samples < 2 * max(rates) and samples < share:
             continue
 

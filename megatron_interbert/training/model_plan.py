@@ -12,7 +12,7 @@ from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.construction import give_memory, on_meta
 from megatron_interbert.model.initialise import FirstWeights, initialise
 from megatron_interbert.model.interbert import InterBert
-from megatron_interbert.model.router import RoutingRule
+from megatron_interbert.model.routing_groups import RoutingRule
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job

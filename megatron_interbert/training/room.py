@@ -106,7 +106,9 @@ def alternatives(layout: Layout, room: Room) -> Iterator[tuple[str, Layout, Room
         there = times(replace(room, device=device, host=room.host * more), 1 - MARGIN)
         few = f"{fewer} rank{'s' * (fewer > 1)} instead of {ranks} fit{'s' * (fewer == 1)} with"
         data = fewer // layout.tensor
-        yield few, replace(layout, data=data, secondary=min(layout.secondary, data)), there
+        expert = math.gcd(layout.expert, fewer)
+        secondary = min(layout.secondary, data)
+        yield few, replace(layout, data=data, expert=expert, secondary=secondary), there
 
 
 def has_bf16(trial: Trial) -> bool:

@@ -18,11 +18,17 @@ SUMS = 4  # figures after the loads of experts: dropped, entropy, balance, token
 class RoutingHealth:
     """Add up what the layers of a model report between two log lines."""
 
-    def __init__(self, config: TrainConfig, sizes: ModelConfig, state: ParallelState) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        sizes: ModelConfig,
+        state: ParallelState,
+        text_only: bool = False,
+    ) -> None:
         self.config = config
         self.prototypes = sizes.prototypes
         self.state = state
-        self.names = layers_with_experts(sizes)
+        self.names = layers_with_experts(sizes, text_only)
         self.coefficient = getattr(config, "balance_coefficient", 0.0)
         self.start_window()
 
@@ -61,8 +67,7 @@ class RoutingHealth:
         summed = self.state.sum_over_tensor(self.state.sum_over_data(self._figures.double()))
         found = {}
 
-        # a model of text alone lacks the last stack
-        for name, figures in zip(self.names, summed.tolist(), strict=False):
+        for name, figures in zip(self.names, summed.tolist(), strict=True):
             loads, (dropped, entropy, balance, tokens) = figures[:-SUMS], figures[-SUMS:]
             routed = max(tokens * self.prototypes, 1.0)
             choices = len(loads) // self.prototypes
@@ -94,11 +99,13 @@ class RoutingHealth:
         return f"{said}, {100 * max(dropped):.1f} % dropped" if max(dropped) else said
 
 
-def layers_with_experts(sizes: ModelConfig) -> list[str]:
+def layers_with_experts(sizes: ModelConfig, text_only: bool) -> list[str]:
     """Return the names of a model's layers that have experts, in the order of their use."""
+    stacks = [stack for stack in sizes.STACKS if not (text_only and stack == "image")]
+
     return [
         f"{stack}_{number}"
-        for stack in sizes.STACKS
+        for stack in stacks
         if sizes.has_experts(stack)
         for number in range(getattr(sizes, f"{stack}_layers"))
     ]

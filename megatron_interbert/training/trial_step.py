@@ -100,11 +100,12 @@ def one_step(
 
 
 def config_of_one_process(config: RunConfig) -> RunConfig:
-    """Return the configuration of the same run on one process: whole layers, one micro-batch a
-    step.
+    """Return the configuration of the same run on one process: whole layers with all experts, one
+    micro-batch a step.
     """
     alone = copy.copy(config)
     alone.tensor_model_parallel_size = 1
+    alone.expert_parallel_size = 1
     alone.sequence_parallel = False
     alone.global_batch_size = 0
 

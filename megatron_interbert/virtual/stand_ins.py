@@ -83,15 +83,15 @@ def balanced_experts() -> Iterator[None]:
     """Let every expert get an equal number of tokens within the context: routers choose by content,
     which virtual ranks do not have.
     """
-    with mock.patch.object(exchange, "on_host", evenly):
+    with mock.patch.object(exchange, "read_counts", evenly):
         yield
 
 
-def evenly(sizes: Sequence[torch.Tensor], most: int) -> list[list[int]]:
-    """Return vectors of the same lengths as `sizes`, with `most` rows divided evenly over each."""
+def evenly(sizes: Sequence[torch.Tensor], rows: int) -> list[list[int]]:
+    """Return vectors of the same lengths as `sizes`, with `rows` divided evenly over each."""
     found = []
     for vector in sizes:
-        ends = [most * place // len(vector) for place in range(len(vector) + 1)]
+        ends = [rows * place // len(vector) for place in range(len(vector) + 1)]
         found.append([end - start for start, end in pairwise(ends)])
 
     return found

@@ -8,6 +8,7 @@ import torch
 from megatron_interbert.kernels.grouped import OneByOne, Together, grouped_linear
 from megatron_interbert.kernels.products import Float8Products, PlainProducts, WideProducts
 
+BOTH = (OneByOne, Together)
 COUNTS = [5, 0, 16, 3]
 
 
@@ -47,7 +48,7 @@ def test_products_of_experts(by, products, dtype, tolerance):
     assert not found[2][1].any(), "the gradient of an expert without rows"
 
 
-@pytest.mark.parametrize("by", [OneByOne, Together])
+@pytest.mark.parametrize("by", BOTH)
 def test_no_rows_at_all(by):
     x = torch.zeros(0, 32, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(2, 48, 32).bfloat16().requires_grad_()
@@ -55,3 +56,13 @@ def test_no_rows_at_all(by):
     y.sum().backward()
     assert y.shape == (0, 48)
     assert not weight.grad.any()
+
+
+def test_sizes_that_grouped_products_refuse():
+    """Take rows of 60 and 90 bytes: torch's grouped product wants multiples of 16."""
+    torch.manual_seed(0)
+    x = torch.randn(5, 30).bfloat16()
+    weight = torch.randn(2, 45, 30).bfloat16().requires_grad_()
+    found = [grouped_linear(x, weight, None, [2, 3], by, PlainProducts) for by in BOTH]
+    assert torch.equal(*found)
+    found[1].sum().backward()

@@ -11,7 +11,7 @@ from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
-from megatron_interbert.model.router import RoutingRule, describe_tokens, within_capacity
+from megatron_interbert.model.routing_groups import RoutingRule, describe_tokens, within_capacity
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from tests.model.test_model import examples
@@ -157,7 +157,7 @@ def test_capacity_against_a_plain_loop():
     tokens = describe_tokens(rule, sequences, rows, 17, 8)
     expert = torch.stack([torch.randint(0, 3, (20,)), torch.randint(3, 6, (20,))], dim=1)
 
-    fits = within_capacity(expert, tokens, 6, rule.capacity_factor)[:17]
+    fits = within_capacity(expert, tokens.groups, 6)[:17]
     sample = torch.repeat_interleave(torch.arange(8), lengths)[positions].tolist()
     # two partitions in turn, two samples of each in a group
     group = [[0, 1, 0, 1, 2, 3, 2, 3][number] for number in sample]

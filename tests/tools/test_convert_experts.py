@@ -12,9 +12,15 @@ from safetensors.torch import load_file, save_file
 
 from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import UsageError
-from megatron_interbert.hf import InterBertForImageTextRetrieval, InterBertForPreTraining
+from megatron_interbert.hf import (
+    InterBertConfig,
+    InterBertForImageTextRetrieval,
+    InterBertForPreTraining,
+    InterBertForSequenceClassification,
+)
 from megatron_interbert.hf.compare import load_core, random_batch
 from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.training.first_weights import viewed_as
 from megatron_interbert.weights.reader import CheckpointReader
 from megatron_interbert.weights.sources import open_weights
 from tests.model.test_model import examples
@@ -63,8 +69,9 @@ def test_experts_go_everywhere_and_come_back(tmp_path, monkeypatch, capsys):
         assert torch.equal(CheckpointReader(tmp_path / "tp4").get(name), tensor), name
 
 
-def test_the_doors_load_train_and_save_experts(tmp_path, monkeypatch):
-    state = random_source(SIZES, tmp_path / "start")
+@pytest.mark.parametrize("stacks", ["interaction,text,image", "interaction"])
+def test_the_doors_load_train_and_save_experts(stacks, tmp_path, monkeypatch):
+    state = random_source(dataclasses.replace(SIZES, expert_stacks=stacks), tmp_path / "start")
     convert(monkeypatch, tmp_path / "start", "--to", "huggingface", "--output", tmp_path / "hf")
     model = InterBertForPreTraining.from_pretrained(tmp_path / "hf")
     for name, parameter in model.interbert.named_parameters():
@@ -75,10 +82,26 @@ def test_the_doors_load_train_and_save_experts(tmp_path, monkeypatch):
     written = load_file(tmp_path / "hf" / "model.safetensors")
     assert saved.keys() == written.keys()
     assert all(torch.equal(saved[name], written[name]) for name in written)
-    assert (
-        outputs_of(open_weights(tmp_path / "saved")).keys()
-        == outputs_of(open_weights(tmp_path / "start")).keys()
-    )
+    expected = outputs_of(open_weights(tmp_path / "start"))
+    for name, found in outputs_of(open_weights(tmp_path / "saved")).items():
+        assert torch.equal(found, expected[name]), name
+
+
+def test_the_doors_train_experts_on_texts_alone(tmp_path):
+    """Classify texts without images in training mode: routers and experts of texts get gradients,
+    those of images none.
+    """
+    sizes = InterBertConfig(**dataclasses.asdict(SIZES))
+    model = InterBertForSequenceClassification(sizes).train()
+    words = torch.randint(0, SIZES.vocab_size, (3, 7))
+    output = model(input_ids=words, labels=torch.tensor([0, 1, 1]))
+    assert output.logits.shape == (3, 2)
+
+    output.loss.backward()
+    core = model.interbert
+    assert core.text_stream.layers[0].mlp.router.weight.grad.abs().max() > 0
+    assert core.interaction.layers[0].mlp.experts.up.weight.grad.abs().max() > 0
+    assert core.image_stream.layers[0].mlp.router.weight.grad is None
 
 
 def test_a_lost_expert_is_named(tmp_path, monkeypatch):
@@ -141,6 +164,34 @@ def test_dense_weights_become_experts_with_the_same_loss(
             monkeypatch,
             *(tmp_path / "experts", "--to", "sharded", "--output", tmp_path / "x", *sizes),
         )
+
+
+def test_some_stacks_become_experts(tmp_path, monkeypatch):
+    random_source(DENSE, tmp_path / "dense")
+    target = ("--to", "sharded", "--output", tmp_path / "experts")
+    some = ("--experts", "4", "--expert-stacks", "text")
+    convert(monkeypatch, tmp_path / "dense", *target, *some)
+    divided = open_weights(tmp_path / "experts")
+    assert divided.config.expert_stacks == "text"
+    assert "text_stream.layers.0.mlp.experts.up.weight" in divided.layouts
+    assert "interaction.layers.0.mlp.up.weight" in divided.layouts
+    expected = loss_of(open_weights(tmp_path / "dense"))
+    assert abs(loss_of(divided) - expected) < 1e-3 * expected
+
+    with pytest.raises(UsageError, match="expert_stacks is 'texts', expected some of"):
+        convert(
+            monkeypatch,
+            *(tmp_path / "dense", "--to", "sharded", "--output", tmp_path / "x"),
+            *("--experts", "4", "--expert-stacks", "texts"),
+        )
+
+
+def test_other_prototypes_are_refused_at_the_start_of_a_run(tmp_path):
+    random_source(SIZES, tmp_path / "start")
+    source = open_weights(tmp_path / "start")
+    other = dataclasses.replace(SIZES, prototypes=1)
+    with pytest.raises(UsageError, match=r"2 prototypes, the run's into 1, .* --prototypes 2"):
+        viewed_as(other, source, 0)
 
 
 @pytest.mark.parametrize("experts", [0, 4])

@@ -35,8 +35,8 @@ class PlainExperts:
         if self.capacity_factor:
             fits = plain_capacity(
                 expert.tolist(),
-                tokens.group.tolist(),
-                tokens.position.tolist(),
+                tokens.groups.of_row.tolist(),
+                tokens.groups.position.tolist(),
                 len(self.router),
                 self.capacity_factor,
             )
@@ -54,8 +54,8 @@ class PlainExperts:
         loads = [int((expert == one).sum()) for one in range(len(self.router))]
         figures = [*loads, int((~fits).sum()), 0.0, 0.0, len(x)]
         balance = x.new_zeros(())
-        if tokens.group is not None:
-            balance = plain_balance(probabilities, chosen, tokens.group)
+        if tokens.groups is not None:
+            balance = plain_balance(probabilities, chosen, tokens.groups.of_row)
 
         return result, (balance, torch.tensor(figures, dtype=torch.float64))
 

@@ -15,7 +15,7 @@ import torch
 
 from megatron_interbert.data.order import MicroBatches
 from megatron_interbert.model import experts
-from megatron_interbert.model.router import RoutingRule, within_capacity
+from megatron_interbert.model.routing_groups import RoutingRule, within_capacity
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.optimizer import learning_rate, parameter_groups
@@ -180,25 +180,27 @@ def test_the_reference_clips_and_has_idle_experts(expected):
 
 @pytest.mark.parametrize("processes", [1, 2, 4])
 def test_layouts_agree_with_a_plain_loop(expected, processes):
-    cases = all_cases(processes)
-    run_on_ranks(processes, check, *expected, cases if processes == 1 else cases[::3])
+    every = {1: 1, 2: 3, 4: 5}[processes]
+    run_on_ranks(processes, check, *expected, all_cases(processes)[::every])
 
 
-def check_limited(store, expected):
-    """Compare runs with capacity and balance, of several data-parallel sizes and micro-batches."""
+def check_settings(store, expected, settings, cases):
+    """Compare runs with certain settings on layouts of several sizes with the reference."""
     from megatron_interbert.machines.processes import start_processes
 
     start_processes()
 
-    for tensor, expert, stage, accumulation in ((1, 4, 1, 2), (1, 2, 3, 1), (2, 4, 2, 2)):
+    for tensor, expert, stage, accumulation in cases:
         state = ParallelState(tensor, tensor > 1, expert_parallel_size=expert)
+        samples = settings.get("global_batch_size", BATCH)
         config = run_config(
             store,
             zero_stage=stage,
-            micro_batch_size=16 // state.data_size // accumulation,
+            micro_batch_size=samples // state.data_size // accumulation,
             tensor_model_parallel_size=tensor,
             expert_parallel_size=expert,
-            **LIMITED,
+            recompute_activations=stage == 3,
+            **settings,
         )
         config.data_parallel_size = state.data_size
         config.check_routing_groups()
@@ -210,7 +212,15 @@ def test_capacity_and_balance_agree_with_a_plain_loop(expected):
     store = expected[0]
     wanted = reference(store, **LIMITED)
     assert wanted["dropped"] > 10
-    run_on_ranks(4, check_limited, store, wanted)
+    cases = ((1, 4, 1, 2), (1, 2, 3, 1), (2, 4, 2, 2))
+    run_on_ranks(4, check_settings, store, wanted, LIMITED, cases)
+
+
+def test_shared_layers_agree_with_a_plain_loop(expected):
+    store = expected[0]
+    shared = {**EXPERTS, "share_layers": True}
+    cases = ((1, 2, 0, 1), (2, 1, 1, 1), (1, 1, 2, 2), (2, 2, 3, 1))
+    run_on_ranks(2, check_settings, store, reference(store, **shared), shared, cases)
 
 
 class Watched:
@@ -229,17 +239,18 @@ class Watched:
         self.offsets = [of for of, depth in zip(offsets, layers, strict=True) for _ in range(depth)]
         self.layer = 0
 
-    def within_capacity(self, expert, tokens, *sizes):
-        fits = within_capacity(expert, tokens, *sizes)
+    def within_capacity(self, expert, groups, count):
+        fits = within_capacity(expert, groups, count)
         offsets = self.offsets[self.layer].long()
-        sample = torch.searchsorted(offsets, tokens.position, right=True) - 1
-        place = tokens.position - offsets[sample]
+        sample = torch.searchsorted(offsets, groups.position, right=True) - 1
+        place = groups.position - offsets[sample]
+        real = int((groups.of_row < groups.count).sum())
 
-        for row, prototype in (~fits[: tokens.real]).nonzero().tolist():
+        for row, prototype in (~fits[:real]).nonzero().tolist():
             where = (self.positions[sample[row]], int(place[row]), prototype)
             self.dropped.add((self.layer, *where))
 
-        self.tokens += tokens.real
+        self.tokens += real
         self.layer += 1
 
         return fits

@@ -35,7 +35,13 @@ def train_without_images(store):
     from megatron_interbert.virtual.samples import random_examples
 
     start_processes()
-    for stage, recompute in ((0, False), (1, True), (2, False), (3, False)):
+    limited = {"capacity_factor": 1.0, "balance_coefficient": 0.1, "routing_group": 3}
+    for stage, recompute, changes in (
+        (0, False, {}),
+        (1, True, {}),
+        (2, False, {"data_partitions": 2, **limited}),
+        (3, False, {}),
+    ):
         state = ParallelState(expert_parallel_size=2)
         config = run_config(
             store,
@@ -43,6 +49,7 @@ def train_without_images(store):
             experts=8,
             expert_parallel_size=2,
             recompute_activations=recompute,
+            **changes,
         )
         streams = RandomStreams(config.seed, state.data_rank)
         model, _, task = parts(config, state, streams)

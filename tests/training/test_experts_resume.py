@@ -33,12 +33,17 @@ def name_of(processes, layout):
     return f"dp{processes // tensor}-tp{tensor}-ep{expert}-zero{stage}"
 
 
-def start(store, folder, layout, **changes):
+def start(store, folder, layout, source, **changes):
+    """Start a run on a layout, of the model that was saved on `source`: the second one shares its
+    layers.
+    """
     from megatron_interbert.machines.processes import start_processes
 
     start_processes()
     tensor, expert, stage = layout
-    return Run(store, folder, tensor, stage, expert=expert, **EXPERTS, **changes)
+    settings = {**EXPERTS, "share_layers": source == LAYOUTS[4][1]}
+
+    return Run(store, folder, tensor, stage, expert=expert, **settings, **changes)
 
 
 def make_checkpoints(store, folder):
@@ -47,7 +52,7 @@ def make_checkpoints(store, folder):
 
     for layout in LAYOUTS[4][:2]:
         name = name_of(4, layout)
-        run = start(store, f"{folder}/{name}", layout)
+        run = start(store, f"{folder}/{name}", layout, layout)
         run.engine.ema.update(1, FragmentedState(run.engine).tensors())
         run.train(SAVED)
         run.engine.ema.update(SAVED, FragmentedState(run.engine).tensors())
@@ -67,7 +72,7 @@ def resume_everywhere(store, folder, processes):
         path = Path(folder, name_of(4, source), f"global_step{SAVED}")
 
         for layout in LAYOUTS[processes]:
-            run = start(store, f"{folder}/resumed", layout, load=path)
+            run = start(store, f"{folder}/resumed", layout, source, load=path)
             where = f"{name_of(4, source)} -> {name_of(processes, layout)}"
             check_every_bit(CheckpointReader(path), FragmentedState(run.engine), run.state, where)
             if layout[2]:

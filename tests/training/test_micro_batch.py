@@ -25,7 +25,8 @@ from tests.sizes import SMALL
 class Pretended:
     """Simulate a trial whose passes take `seconds(n)` per sample and where `room` samples fit."""
 
-    def __init__(self, seconds, room=10**9):
+    def __init__(self, seconds, room=10**9, multiple=1):
+        self.config = SimpleNamespace(micro_batch_multiple=multiple)
         self.state = ParallelState()
         self.device = torch.device("cpu")
         self.dtype = torch.float32
@@ -71,6 +72,14 @@ def test_the_largest_of_the_fastest_that_divides_and_fits():
     long = Pretended(lambda samples: micro_batch.LONGEST_TRIAL / 3)
     assert choose(long, 64) == 4
     assert long.tried == [1, 2, 4]
+
+
+def test_routing_groups_are_not_cut():
+    grouped = Pretended(lambda samples: 0.01, room=100, multiple=16)
+    assert choose(grouped, 192) == 64
+    assert grouped.tried == [16, 32, 64]
+    with pytest.raises(UsageError, match="share of 40 samples is not a multiple of 16"):
+        choose(grouped, 40)
 
 
 def test_a_trial_that_runs_out_of_memory_ends_the_search():

@@ -195,6 +195,9 @@ def test_fewer_ranks_of_a_machine_may_fit(monkeypatch: pytest.MonkeyPatch) -> No
     assert [(found.data, there.device) for _, found, there in fewer] == [(2, 15.2), (1, 30.4)]
     assert fewer[1][0] == "2 ranks instead of 8 fit with"
 
+    _, _, *fewer = alternatives(replace(layout, expert=8), room)
+    assert [found.expert for _, found, _ in fewer] == [4, 2]
+
     launch.local_size = 4
     assert len(list(alternatives(layout, room))) == 2
 

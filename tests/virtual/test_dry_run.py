@@ -397,6 +397,7 @@ def test_what_is_saved_twice_or_not_at_all() -> None:
         ({"ranks": "0,4"}, "--ranks 0,4: expected all, or numbers from 0 to 3"),
         ({"tensor_model_parallel_size": 1, "ranks": "x"}, "--ranks x: expected all"),
         ({"micro_batch_size": AUTO}, "--micro-batch-size auto is found by trial"),
+        ({"experts": 8, "balance_coefficient": 0.1}, r"would cut routing groups: .* multiple of"),
         ({"kernels": "triton"}, "--kernels triton: TRITON_INTERPRET is set; use --kernels torch"),
     ],
 )
@@ -406,6 +407,13 @@ def test_bad_input(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     with pytest.raises(UsageError, match=message):
         rehearse(folder, **changes)
+
+
+def test_routing_groups_of_more_ranks_than_partitions(folder: Path) -> None:
+    limited = {"capacity_factor": 1.0, "balance_coefficient": 0.1, "routing_group": 2}
+    shared = {"words": (6, 8), "experts": 8, "micro_batch_size": 2, "world_size": 128}
+    figures = rehearse(folder, ranks="0", global_batch_size=0, **shared, **limited)
+    assert figures["ranks"]
 
 
 def test_one_process_is_many_ranks() -> None:

@@ -25,7 +25,7 @@ from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.machines.processes import aligned
 from megatron_interbert.model.experts import ExpertMlps, Experts
-from megatron_interbert.model.router import RoutingRule, Tokens
+from megatron_interbert.model.routing_groups import RoutedTokens
 from megatron_interbert.model.transformer import Mlp, TransformerLayer
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
@@ -103,7 +103,7 @@ def layers_of(
     return {
         "dense": layer(Mlp(*widths, state.placement, kernels)),
         "experts without routing": layer(InRuns(ExpertMlps(here, *widths, state, kernels))),
-        f"{sizes.experts} experts": layer(Experts(sizes, state, kernels, RoutingRule())),
+        f"{sizes.experts} experts": layer(Experts(sizes, state, kernels)),
     }
 
 
@@ -114,7 +114,9 @@ class InRuns(nn.Module):
         super().__init__()
         self.experts = experts
 
-    def forward(self, x: torch.Tensor, tokens: Tokens | None = None) -> tuple[torch.Tensor, None]:
+    def forward(
+        self, x: torch.Tensor, tokens: RoutedTokens | None = None
+    ) -> tuple[torch.Tensor, None]:
         """Return the results [N, H], and no report."""
         experts = len(self.experts.up.weight)
         ends = [len(x) * number // experts for number in range(experts + 1)]
