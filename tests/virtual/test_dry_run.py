@@ -26,6 +26,13 @@ from tests.campaigns.virtual_ranks import outlines_of
 from tests.corpus import write_store
 from tests.sizes import MEASURABLE
 
+# preset -> (ranks, expert-parallel size, ZeRO stage)
+WITH_EXPERTS = {
+    "m6-1.4b": (8, 8, 1),
+    "m6-10b": (64, 64, 1),
+    "m6-100b": (128, 128, 1),
+    "m6-1t": (512, 64, 2),
+}
 NORM = 16  # bytes in which the norm of gradients that are offloaded or in fp16 may differ
 
 
@@ -61,6 +68,26 @@ def rehearse(folder: Path, **changes) -> dict:
     dry_run.dry_run(config)
 
     return json.loads((folder / "figures.json").read_text())
+
+
+def rehearse_preset(folder: Path, preset: str) -> dict:
+    """Rehearse the last rank of a run of a preset with experts; return its figures."""
+    ranks, expert, stage = WITH_EXPERTS[preset]
+    figures = rehearse(
+        folder,
+        model=preset,
+        data_path="",
+        words=(12, 16),
+        world_size=ranks,
+        ranks=str(ranks - 1),
+        micro_batch_size=16,
+        expert_parallel_size=expert,
+        tensor_model_parallel_size=1,
+        zero_stage=stage,
+    )
+    [one] = figures["ranks"]
+
+    return one
 
 
 @pytest.fixture(scope="module")
@@ -128,26 +155,10 @@ def test_a_sound_run_with_experts(
     assert saved == ("ranks" not in layout)
 
 
-@pytest.mark.parametrize(
-    ("preset", "ranks", "expert", "stage"),
-    [("m6-1.4b", 8, 8, 1), ("m6-10b", 64, 64, 2), ("m6-100b", 128, 128, 1), ("m6-1t", 512, 64, 2)],
-)
-def test_presets_fit_as_planned(
-    folder: Path, preset: str, ranks: int, expert: int, stage: int
-) -> None:
-    """Rehearse the last rank of a run of each preset with experts."""
-    figures = rehearse(
-        folder,
-        model=preset,
-        data_path="",
-        words=(12, 16),
-        world_size=ranks,
-        ranks=str(ranks - 1),
-        expert_parallel_size=expert,
-        tensor_model_parallel_size=1,
-        zero_stage=stage,
-    )
-    [one] = figures["ranks"]
+@pytest.mark.parametrize("preset", ["m6-1.4b", "m6-100b"])
+def test_presets_fit_as_planned(folder: Path, preset: str) -> None:
+    """Rehearse some presets; tests/campaigns/presets.py does all."""
+    one = rehearse_preset(folder, preset)
     assert abs(one["peak"] / one["planned"] - 1) < 0.1, one
 
 
