@@ -175,11 +175,18 @@ class Run:
         )
 
         if ended.returncode:
-            last = (ended.stderr.strip() or ended.stdout.strip()).splitlines()[-1:]
             raise TrainingStopped(
                 f"{self.folder}: {shlex.join(command)} ended with code {ended.returncode}:"
-                f" {''.join(last)}"
+                f" {reason_of(ended.stderr.strip() or ended.stdout.strip())}"
             )
+
+
+def reason_of(printed: str) -> str:
+    """Return the last line that names an error, else the last one of all."""
+    lines = printed.splitlines()
+    named = [line for line in lines if line.startswith("error:")]
+
+    return (named or lines or [""])[-1]
 
 
 def flags_of(place: Path) -> Path:
