@@ -46,6 +46,7 @@ def variables(place):
         "VENV": sys.prefix,
         "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
         "STEPS": "20",
+        "SCENES": "600",
         "MODEL": "tiny",
         "FEATURES": str(tsv / "train2014_obj36.tsv"),
         "CAPTIONS": str(SHARED / "data" / "region_features" / "captions.jsonl"),
