@@ -142,9 +142,6 @@ def settle(config: DryRunConfig) -> None:
         config.notes += [note] if note else []
         # random samples are as many as needed
         config.fit_partitions(max(config.data_partitions, config.global_batch_size))
-        check_partitions(
-            config.told("data_partitions"), config.data_partitions, config.data_parallel_size
-        )
 
 
 def settle_kernels(config: DryRunConfig) -> None:
@@ -179,8 +176,11 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
                 expert_parallel_size=config.expert_parallel_size,
             )
             job = random_job(config) if config.words else pretraining_job(config, state)
-            plan = plan_model(config, job, state, HERE)
+            check_partitions(
+                config.told("data_partitions"), config.data_partitions, state.data_size
+            )
             config.check_routing_groups()
+            plan = plan_model(config, job, state, HERE)
             return rehearse(config, job, plan, state, micro_batches(config, job, state))
     except UsageError as error:
         return str(error)

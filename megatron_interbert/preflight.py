@@ -118,7 +118,7 @@ def check_batch(config: PreflightConfig) -> str:
     if config.by_trial:
         return (
             f"global batch {config.global_batch_size}, micro-batches by trial when the run starts"
-            f" (checked here: 1); DP {ranks}"
+            f" (here the smallest is checked); DP {ranks}"
         )
 
     return (

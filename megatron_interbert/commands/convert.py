@@ -171,6 +171,8 @@ def run(options: Options) -> None:
 
     if options.prototypes > 1 and not options.experts:
         raise UsageError("--prototypes divides the experts that --experts makes; give both")
+    if not options.is_default("expert_stacks") and not options.experts:
+        raise UsageError("--expert-stacks chooses where --experts puts experts; give both")
 
     print(*source.notes, describe_source(source), sep="\n", flush=True)
     if options.untie_layers:

@@ -391,6 +391,9 @@ class _EmbedImage(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of the projected features, the location's weight and bias, and the
+        norm's.
+        """
         locations, *norm = ctx.saved_tensors
         dz, dweight, dbias = _gradients(ctx, dy, *norm)
         dlocation = dz.t() @ locations.to(dz.dtype)

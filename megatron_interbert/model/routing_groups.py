@@ -1,5 +1,5 @@
-"""Limit and balance the load of experts within routing groups: samples that are in one micro-batch
-whatever the layout, so that the same tokens are dropped, and the balance is the same, on all.
+"""Limit and balance the load of experts within routing groups. The samples of a group are always in
+one micro-batch, so neither the tokens dropped nor the balance depend on the layout.
 
 Legend: N tokens of a tensor-parallel group, n of this rank, E experts, k prototypes.
 """
@@ -122,15 +122,15 @@ def balance_of(
     """Return this rank's share of a layer's `balance` (see RouterReport), from the experts [N, k]
     of all tokens and the probabilities of its own; 0 if the load is not balanced.
     """
-    sums = choice.probabilities.new_zeros(groups.count + 1, experts)
     if not groups.rule.balanced:
-        return sums.sum()
+        return choice.weight.new_zeros(())
 
     group = groups.of_row
     cells = count(group[:, None] * experts + expert, (groups.count + 1) * experts)
     shares = cells.view(-1, experts)[:-1].float()
     of_group = count(group, groups.count + 1)[:-1, None].clamp(min=1)
 
+    sums = choice.probabilities.new_zeros(groups.count + 1, experts)
     sums = sums.index_add(0, group[own], choice.probabilities.flatten(1))[:-1]
     products = (shares / of_group * (sums / of_group)).sum()
 

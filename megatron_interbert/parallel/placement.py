@@ -116,6 +116,7 @@ class _ColumnLinear(torch.autograd.Function):
         placement: Placement,
         products: Products,
     ) -> torch.Tensor:
+        """Save this rank's rows [n, in]; return the products of all rows [N, out]."""
         ctx.placement = placement
         ctx.products = products
         ctx.save_for_backward(x, weight)  # this rank's rows; the others are gathered again
@@ -129,6 +130,7 @@ class _ColumnLinear(torch.autograd.Function):
     def backward(
         ctx: Any, grad: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, None, None]:
+        """Return the gradients of this rank's rows, the weight and the bias, if there is one."""
         (x, weight), group, products = ctx.saved_tensors, ctx.placement.group, ctx.products
         if ctx.placement.shared:
             x, arrived = start_gather(x, group)

@@ -97,9 +97,9 @@ def viewed_as(config: ModelConfig, source: WeightSource, seed: int) -> WeightSou
 
     if source.config.experts and source.config.prototypes != config.prototypes:
         raise UsageError(
-            f"{source.path}: its {source.config.experts} experts are divided into"
-            f" {source.config.prototypes} prototypes, the run's into {config.prototypes}, which"
-            f" choose others; give --prototypes {source.config.prototypes}"
+            f"{source.path}: its {source.config.experts} experts form {source.config.prototypes}"
+            f" prototypes, the run's {config.prototypes}, so tokens would go to other experts; give"
+            f" --prototypes {source.config.prototypes}"
         )
 
     if source.config.share_layers and not config.share_layers:

@@ -384,8 +384,8 @@ class FragmentedState:
 
 
 def put_overlap(target: torch.Tensor, start: int, run: torch.Tensor, first: int) -> None:
-    """Copy what is in both: elements [start, ..) of a line into `target`, which begins at `start`,
-    from `run`, which begins at `first`.
+    """Copy the elements that two runs of one line have in common to `target`, which begins at
+    `start` of the line, from `run`, which begins at `first`.
     """
     begin = max(start, first)
     end = min(start + len(target), first + len(run))

@@ -206,8 +206,8 @@ def choose_micro_batch(
     share = share_of(global_batch, state.data_size)
     if share % trial.config.micro_batch_multiple:
         raise UsageError(
-            f"--micro-batch-size auto: a rank's share of {share} samples is not a multiple of"
-            f" {trial.config.micro_batch_multiple}, which hold whole routing groups; give another"
+            f"--micro-batch-size auto would cut routing groups: a rank's share is {share} samples,"
+            f" expected a multiple of {trial.config.micro_batch_multiple}; give another"
             " --global-batch-size or --routing-group"
         )
 

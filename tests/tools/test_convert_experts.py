@@ -184,13 +184,15 @@ def test_some_stacks_become_experts(tmp_path, monkeypatch):
             *(tmp_path / "dense", "--to", "sharded", "--output", tmp_path / "x"),
             *("--experts", "4", "--expert-stacks", "texts"),
         )
+    with pytest.raises(UsageError, match="--expert-stacks chooses where --experts puts experts"):
+        convert(monkeypatch, tmp_path / "dense", *target, "--expert-stacks", "text")
 
 
 def test_other_prototypes_are_refused_at_the_start_of_a_run(tmp_path):
     random_source(SIZES, tmp_path / "start")
     source = open_weights(tmp_path / "start")
     other = dataclasses.replace(SIZES, prototypes=1)
-    with pytest.raises(UsageError, match=r"2 prototypes, the run's into 1, .* --prototypes 2"):
+    with pytest.raises(UsageError, match=r"form 2 prototypes, the run's 1, .* --prototypes 2"):
         viewed_as(other, source, 0)
 
 

@@ -78,7 +78,7 @@ def test_routing_groups_are_not_cut():
     grouped = Pretended(lambda samples: 0.01, room=100, multiple=16)
     assert choose(grouped, 192) == 64
     assert grouped.tried == [16, 32, 64]
-    with pytest.raises(UsageError, match="share of 40 samples is not a multiple of 16"):
+    with pytest.raises(UsageError, match="share is 40 samples, expected a multiple of 16"):
         choose(grouped, 40)
 
 

@@ -42,7 +42,7 @@ def variants(sizes: ModelConfig) -> dict[str, Variant]:
             {"ffn_hidden_size": sizes.ffn_hidden_size // 2},
         ),
         "two-schedules": Variant(
-            f"{EXPERTS} experts, top-1, two halves with a schedule each", one, first_part=0.5
+            f"{EXPERTS} experts, top-1, two halves, each with its own schedule", one, first_part=0.5
         ),
         "pseudo-to-real": Variant(
             "the same, layers shared in the first half",

@@ -30,9 +30,8 @@ class Variant:
     """Hold one row of the table: its description, flags of its pretraining, and sizes that differ
     from the model's.
 
-    The pretraining may be two runs, each with a schedule of its own: the first takes `first_part`
-    of the steps, with `first_flags` too, and the second starts from its weights; it takes samples
-    in an order of its own.
+    The pretraining may be two runs, each with its own schedule and order of samples: the first
+    takes `first_part` of the steps, with `first_flags` too; the second starts from its weights.
     """
 
     what: str
