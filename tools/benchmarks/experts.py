@@ -84,15 +84,22 @@ def serve(rank: int, options: Options) -> dict[str, Any]:
 def layers_of(
     sizes: ModelConfig, state: ParallelState, kernels: Kernels
 ) -> dict[str, TransformerLayer]:
-    """Return a dense layer and one with experts, of the same width and with equal loads."""
+    """Return a dense layer and one with experts, of the same width, with the weights that training
+    starts from: routers then load the experts almost equally.
+    """
     streams = RandomStreams(0, alone=True)
 
     def layer(mlp: nn.Module) -> TransformerLayer:
         heads = sizes.num_attention_heads
         shared = (0.0, 0.0, sizes.layer_norm_eps, state.placement, kernels, streams)
         built = TransformerLayer(sizes.hidden_size, heads, mlp, *shared)
-        for parameter in built.parameters():
-            nn.init.normal_(parameter, std=sizes.initializer_range)
+        for name, parameter in built.named_parameters():
+            if name.endswith("norm.weight"):
+                nn.init.ones_(parameter)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=sizes.initializer_range)
 
         return built
 
