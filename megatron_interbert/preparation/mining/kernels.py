@@ -12,6 +12,9 @@ from collections.abc import Callable
 import numba
 import numpy as np
 
+Array = np.ndarray
+Arrays = tuple[np.ndarray, ...]
+
 # how far a bound in float32 may be below the similarity in double precision, for each term
 ROUNDING = 1e-6
 LEVELS = 64  # of the norms by which lists are sorted
@@ -29,7 +32,7 @@ def _compiled(function: Callable) -> Callable:
 
 
 @_compiled
-def count_terms(flat, lengths, terms, counts):
+def count_terms(flat: Array, lengths: Array, terms: Array, counts: Array) -> Array:
     """Fill `terms` and `counts` with the distinct terms of each caption, sorted, from all terms end
     to end [T]; return how many are distinct in each caption [N].
     """
@@ -55,14 +58,14 @@ def count_terms(flat, lengths, terms, counts):
 
 
 @_compiled
-def add_document_frequencies(terms, frequencies):
+def add_document_frequencies(terms: Array, frequencies: Array) -> None:
     """Add 1 to `frequencies` [V] for each entry of `terms` [E]."""
     for term in terms:
         frequencies[term] += 1
 
 
 @_compiled
-def row_keys(starts, terms, counts, rank):
+def row_keys(starts: Array, terms: Array, counts: Array, rank: Array) -> Array:
     """Compute a number for each caption [N] that is equal for the same terms and counts, and
     ascends with the rank of the rarest term.
     """
@@ -81,7 +84,7 @@ def row_keys(starts, terms, counts, rank):
 
 
 @_compiled
-def same_row(starts, terms, counts, caption, other):
+def same_row(starts: Array, terms: Array, counts: Array, caption: int, other: int) -> bool:
     """Tell whether two captions have the same terms and counts."""
     size = starts[caption + 1] - starts[caption]
     if starts[other + 1] - starts[other] != size:
@@ -97,7 +100,7 @@ def same_row(starts, terms, counts, caption, other):
 
 
 @_compiled
-def number_rows(starts, terms, counts, order, row_of):
+def number_rows(starts: Array, terms: Array, counts: Array, order: Array, row_of: Array) -> int:
     """Fill `row_of` [N] with the numbers of distinct rows, in the given order of captions, in which
     equal ones are neighbours; return how many there are.
     """
@@ -111,7 +114,16 @@ def number_rows(starts, terms, counts, order, row_of):
 
 
 @_compiled
-def write_rows(starts, terms, counts, idf, rank, examples, row_starts, entries):
+def write_rows(
+    starts: Array,
+    terms: Array,
+    counts: Array,
+    idf: Array,
+    rank: Array,
+    examples: Array,
+    row_starts: Array,
+    entries: Array,
+) -> None:
     """Write the rows of the example captions [R], with terms renumbered by `rank` [V] and sorted,
     and weights of length 1; each is followed by an entry with the term V.
     """
@@ -139,7 +151,7 @@ def write_rows(starts, terms, counts, idf, rank, examples, row_starts, entries):
 
 
 @_compiled
-def code_of(term):
+def code_of(term: int) -> int:
     """Return the code that stands for a term in a sketch, 0 to 255."""
     if term < OWN_CODES:
         return term
@@ -149,7 +161,17 @@ def code_of(term):
 
 
 @_compiled
-def describe(starts, entries, terms, places, impacts, norms, codes, amounts, tails):
+def describe(
+    starts: Array,
+    entries: Array,
+    terms: Array,
+    places: Array,
+    impacts: Array,
+    norms: Array,
+    codes: Array,
+    amounts: Array,
+    tails: Array,
+) -> None:
     """Fill for each term of each row: the term, where its row starts, its weight, the norm of the
     row up to it, and a sketch of the SKETCHED terms before it: their codes, their weights in 255ths
     rounded up, and the norm of what is before them.
@@ -177,7 +199,7 @@ def describe(starts, entries, terms, places, impacts, norms, codes, amounts, tai
 
 
 @_compiled
-def similarity(entries, place, other, end):
+def similarity(entries: Array, place: int, other: int, end: int) -> float:
     """Compute the cosine of the rows that start at two places, in double precision, summed in the
     order of terms; `end` is the term that ends a row.
     """
@@ -194,7 +216,7 @@ def similarity(entries, place, other, end):
 
 
 @_compiled
-def similarities(starts, entries, end, rows, others):
+def similarities(starts: Array, entries: Array, end: int, rows: Array, others: Array) -> Array:
     """Compute the `similarity` of pairs of rows [P], float64; -1 for pairs whose other is -1."""
     result = np.full(len(rows), -1.0)
     for pair in range(len(rows)):
@@ -205,7 +227,7 @@ def similarities(starts, entries, end, rows, others):
 
 
 @_compiled
-def keep(score, caption, scores, kept, count):
+def keep(score: float, caption: int, scores: Array, kept: Array, count: int) -> int:
     """Insert a caption that is not there yet into the best K so far, by score, then by lower
     number; return the new count.
     """
@@ -230,7 +252,16 @@ def keep(score, caption, scores, kept, count):
 
 
 @_compiled
-def possible_rows(begin, end, weight, rest, least, table, lists, found):
+def possible_rows(
+    begin: int,
+    end: int,
+    weight: float,
+    rest: float,
+    least: float,
+    table: Array,
+    lists: Arrays,
+    found: Array,
+) -> int:
     """Find where the rows start of the entries begin .. end - 1 of a list whose similarity may be
     `least` or more if they share no rarer term with the query; return how many were written to
     `found`.
@@ -254,7 +285,7 @@ def possible_rows(begin, end, weight, rest, least, table, lists, found):
 
 
 @_compiled
-def score_rows(found, number, entries, dense, scores):
+def score_rows(found: Array, number: int, entries: Array, dense: Array, scores: Array) -> None:
     """Compute the cosine of the query (`dense` [V + 1]) and of the rows that start at the first
     `number` places of `found`, in double precision, summed in the order of terms.
 
@@ -276,7 +307,9 @@ def score_rows(found, number, entries, dense, scores):
 
 
 @_compiled
-def keep_captions(row, score, image, captions, scores, kept, count):
+def keep_captions(
+    row: int, score: float, image: int, captions: Arrays, scores: Array, kept: Array, count: int
+) -> int:
     """Insert the captions of a row that are not of the query's image; return the new count."""
     holder_starts, holders, images = captions
 
@@ -294,7 +327,17 @@ def keep_captions(row, score, image, captions, scores, kept, count):
 
 
 @_compiled
-def search_row(query, image, below, rows, lists, captions, dense, scores, kept):
+def search_row(
+    query: int,
+    image: int,
+    below: float,
+    rows: Arrays,
+    lists: Arrays,
+    captions: Arrays,
+    dense: Array,
+    scores: Array,
+    kept: Array,
+) -> None:
     """Find the best K captions for a row and an image, exactly.
 
     Lists are read from the query's rarest term on. The entries of a list are sorted by falling norm
@@ -341,7 +384,16 @@ def search_row(query, image, below, rows, lists, captions, dense, scores, kept):
 
 
 @_compiled
-def search(queries, below, row_of, rows, lists, captions, scores, kept):
+def search(
+    queries: Array,
+    below: float,
+    row_of: Array,
+    rows: Arrays,
+    lists: Arrays,
+    captions: Arrays,
+    scores: Array,
+    kept: Array,
+) -> None:
     """Fill `kept` [Q, K] with the numbers of captions, best first, and `scores` [Q, K].
 
     `queries` [Q] are captions, row_of [N] their rows, `rows` (starts, entries), `lists`
