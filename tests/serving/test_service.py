@@ -3,6 +3,7 @@ keys, full queues, shutdown.
 """
 
 import concurrent.futures
+import dataclasses
 import signal
 import socket
 import sys
@@ -15,7 +16,7 @@ import pytest
 
 from megatron_interbert.data.corpus import Corpus
 from tests.launching import launch, until
-from tests.serving.made_shop import alike, expected, flags
+from tests.serving.made_shop import alike, expected, flags, random_model, scorer_of
 from tests.serving_client import KEY, Service
 
 
@@ -47,6 +48,24 @@ def test_answers_are_those_of_the_model(service, scorer):
     )
     assert set(answer["timings"]) == {"queue_ms", "compute_ms", "batch_size"}
     assert len(answer["model"]) == 12
+
+
+def test_a_model_with_experts_is_served(shop, tmp_path):
+    """Check that answers do not depend on what is asked at the same time."""
+    _, dense, store = shop
+    sizes = dataclasses.replace(dense.config.model_config(), experts=4, prototypes=2)
+    model = random_model(tmp_path / "model", sizes, store, seed=3)
+    scorer = scorer_of(model, store)
+    texts = ("红色条纹连衣裙", "Nordo靴子", "蓝色运动鞋", "在海滩拍的")
+
+    with Service(*flags((tmp_path, model, store), tmp_path / "index")) as service:
+
+        def ask(text):
+            return service.search(text, k=7, candidates=40)
+
+        with concurrent.futures.ThreadPoolExecutor(len(texts)) as pool:
+            for text, found in zip(texts, pool.map(ask, texts), strict=True):
+                alike(found, expected(scorer, text, 7))
 
 
 def test_the_first_stage_leaves_the_best_by_vectors(service, scorer):
