@@ -206,8 +206,7 @@ def parse(
     namespace, unknown = parser.parse_known_args(argv)
     if unknown:
         wrong = unknown[0].split("=")[0]
-        known = [spelling(name, facts) for name, facts in rows(config_class)]
-        raise UsageError(f"unknown argument '{wrong}'{nearest(wrong, known)}; --help lists all")
+        raise UsageError(f"unknown argument '{wrong}'{hint(wrong, config_class)}; --help lists all")
 
     values = vars(namespace)
     values.pop("local_rank", None)
@@ -224,6 +223,20 @@ def parse(
     config.origins |= {name: file for name in by_file if name not in values}
 
     return config
+
+
+def hint(wrong: str, config_class: type) -> str:
+    """Say for an unknown flag which other command has it, or which flag is most similar."""
+    for command, other in config_class.ELSEWHERE.items():
+        if wrong in spellings(other):
+            return f", which is a flag of {command} alone"
+
+    return nearest(wrong, spellings(config_class))
+
+
+def spellings(config_class: type) -> list[str]:
+    """Return all flags of a command."""
+    return [spelling(name, facts) for name, facts in rows(config_class)]
 
 
 def check_required(config_class: type, given: Mapping[str, Any]) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from megatron_interbert.command_line import parse
 from megatron_interbert.config.options import AUTO, option
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.order import check_partitions
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.store import RegionStore
@@ -121,10 +121,14 @@ def check_batch(config: PreflightConfig) -> str:
             f" (here the smallest is checked); DP {ranks}"
         )
 
+    experts = config.expert_parallel_size
+    divided = f", EP {experts}" if experts > 1 else ""
+
     return (
         f"global batch {config.global_batch_size} = micro {config.micro_batch_size} x DP {ranks} x"
         f" accumulation {engine['gradient_accumulation_steps']}; TP"
-        f" {config.tensor_model_parallel_size}, ZeRO-{config.zero_stage}{described_offload(engine)}"
+        f" {config.tensor_model_parallel_size}{divided}, ZeRO-{config.zero_stage}"
+        f"{described_offload(engine)}"
     )
 
 

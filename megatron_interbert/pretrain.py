@@ -6,7 +6,7 @@ import signal
 from collections.abc import Callable, Sequence
 
 from megatron_interbert.command_line import parse
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch

@@ -6,7 +6,7 @@ Without --data-path it trains a small model on the generated sample shop.
 from collections.abc import Sequence
 
 from megatron_interbert import pretrain
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 
 SAMPLE = (
     *("--model", "sample-chinese"),

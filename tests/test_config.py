@@ -9,9 +9,10 @@ from megatron_interbert.command_line import build_parser, parse, with_dashes
 from megatron_interbert.commands.convert import Options as ConvertOptions
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
 from megatron_interbert.config.options import AUTO, rows
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS, load_model_config
+from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig, RetrievalConfig
 
 
 def read(*argv):
@@ -23,6 +24,83 @@ def test_dashes_and_underscores_mean_the_same():
     assert read("--micro-batch-size", "3").micro_batch_size == 3
     assert read("--local_rank=1", "--bf16").bf16
     assert not read("--no-dropout").dropout
+
+
+def test_flags_of_another_command_are_named_as_such():
+    with pytest.raises(UsageError, match="'--balance-coefficient', which is a flag of pretrain al"):
+        parse(RetrievalConfig, "test", ["--balance-coefficient", "0.01"])
+    with pytest.raises(UsageError, match="'--expert-parallel-size', which is a flag of pretrain a"):
+        parse(EvaluateRetrievalConfig, "test", ["--expert-parallel-size", "2"])
+    with pytest.raises(UsageError, match=r"'--lrr' \(did you mean '--lr'\?\)"):
+        parse(RetrievalConfig, "test", ["--lrr", "1"])
+
+
+def routing(ranks, *argv, samples=100_000):
+    """Return a run with a balance loss and its settings fitted to ranks and data."""
+    config = read("--experts", "4", "--balance-coefficient", "0.1", *argv)
+    config.data_parallel_size = ranks
+    config.fit_partitions(samples)
+    config.fit_batches(ranks)
+    config.check_routing_groups()
+
+    return config
+
+
+@pytest.mark.parametrize(
+    ("ranks", "argv", "partitions", "micro_batch"),
+    [
+        (1, [], 1, 64),
+        (2, ["--micro-batch-size", "64"], 2, 64),
+        (1, ["--micro-batch-size", "128"], 2, 128),
+        (2, ["--micro-batch-size", "192"], 2, 192),
+        (3, ["--micro-batch-size", "256"], 12, 256),
+        (2, ["--global-batch-size", "1024"], 2, 64),
+        (4, ["--global-batch-size", "768"], 4, 64),
+        (1, ["--micro-batch-size", "8192"], 64, 8192),
+        (256, ["--micro-batch-size", "128"], 256, 128),
+        (2, ["--micro-batch-size", "256", "--data-partitions", "4"], 4, 256),
+        (2, ["--routing-group", "8", "--micro-batch-size", "32"], 8, 32),
+    ],
+)
+def test_defaults_hold_whole_routing_groups(ranks, argv, partitions, micro_batch):
+    config = routing(ranks, *argv)
+    assert (config.data_partitions, config.micro_batch_size) == (partitions, micro_batch)
+
+
+def test_resumed_defaults_hold_whole_routing_groups():
+    config = read("--experts", "4", "--balance-coefficient", "0.1")
+    config.data_parallel_size = 1
+    config.settle("data_partitions", 2, "run/global_step8")
+    config.settle("global_batch_size", 128, "the checkpoint")
+    config.fit_partitions(1000)
+    config.fit_batches(1)
+    assert (config.data_partitions, config.micro_batch_size) == (2, 128)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "argv", "said"),
+    [
+        (
+            2,
+            ["--micro-batch-size", "48"],
+            r"multiple of 64 = --data-partitions 2 \(fitted\) / .*; give another --micro-batch-size"
+            " or a smaller --routing-group$",
+        ),
+        (
+            2,
+            ["--micro-batch-size", "128", "--data-partitions", "64"],
+            "multiple of 2048 = .*; give another --micro-batch-size or --data-partitions 2 or a",
+        ),
+    ],
+)
+def test_cut_routing_groups_are_refused(ranks, argv, said):
+    with pytest.raises(UsageError, match=said):
+        routing(ranks, *argv)
+
+    resumed = read("--experts", "4", "--balance-coefficient", "0.1", "--micro-batch-size", "64")
+    resumed.settle("data_partitions", 2, "run/global_step8")
+    with pytest.raises(UsageError, match="128 = .*; give another --micro-batch-size$"):
+        resumed.check_routing_groups()
 
 
 def test_yaml_below_flags(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from megatron_interbert.command_line import parse
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.tasks.glue.config import GlueConfig

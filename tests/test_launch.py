@@ -109,7 +109,7 @@ BAD_FLAGS = {
     "unknown flag": (("--micro-bach-size", "4"), "did you mean '--micro-batch-size'"),
     "tensor parallel and processes": (
         ("--tensor-model-parallel-size", "3"),
-        "does not divide the 1 processes",
+        "does not divide the number of processes, 1",
     ),
     "batch": (("--global-batch-size", "7"), "not a multiple of --micro-batch-size 4"),
     "partitions": (

@@ -151,7 +151,9 @@ def test_wrong_use_is_said_in_the_log(slurm, store):
         3,
     )
     assert slurm.wait(job)["ExitCode"] == "2:0"
-    assert "--tensor-model-parallel-size 3 does not divide the 2 processes" in slurm.log(job)
+    assert "--tensor-model-parallel-size 3 does not divide the number of processes, 2" in slurm.log(
+        job
+    )
     assert "Traceback" not in slurm.log(job)
 
 

@@ -54,7 +54,9 @@ class Options(Flags):
     list_only: bool = option(
         False, "print names, shapes and partition; write nothing", flag="--list"
     )
-    verify: bool = option(False, "run a batch through both models and print the largest difference")
+    verify: bool = option(
+        False, "run a batch through the model read and the one written; print how far they differ"
+    )
 
     model: str = option(
         "",
@@ -79,7 +81,7 @@ class Options(Flags):
     )
     experts: int = option(
         0,
-        "turn the MLPs of a dense model into this many experts each, with the same outputs; 0: no",
+        "turn each MLP of a dense model into this many experts, with its outputs to 1e-3; 0: no",
         least=0,
         group="model",
     )
@@ -175,6 +177,7 @@ def run(options: Options) -> None:
         raise UsageError("--expert-stacks chooses where --experts puts experts; give both")
 
     print(*source.notes, describe_source(source), sep="\n", flush=True)
+    original = source
     if options.untie_layers:
         source = untied(source)
     if options.experts:
@@ -203,7 +206,7 @@ def run(options: Options) -> None:
     print(f"wrote {folder} ({options.to}, {output.bytes() / 1e6:.1f} MB of tensors)")
     say_not_finite(output)
     if options.verify:
-        verify(source, options.to, folder)
+        verify(original, options.to, folder)
 
 
 def say_not_finite(output: Output) -> None:

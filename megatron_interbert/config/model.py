@@ -79,19 +79,35 @@ class ModelConfig:
             raise UsageError(f"model: prototypes is {self.prototypes}, but there are no experts")
         if self.experts % self.prototypes:
             raise UsageError(
-                f"model: experts {self.experts} is not a multiple of prototypes {self.prototypes}"
+                f"model: experts {self.experts} is not a multiple of prototypes {self.prototypes};"
+                " change one of them"
             )
 
-        unknown = set(self.expert_stacks.split(",")) - set(self.STACKS)
+        unknown = self.stacks_with_experts - set(self.STACKS)
         if unknown:
             raise UsageError(
                 f"model: expert_stacks is '{self.expert_stacks}', expected some of"
                 f" {','.join(self.STACKS)}, separated by commas"
             )
 
+    @property
+    def stacks_with_experts(self) -> set[str]:
+        """Return the stacks (interaction, text, image) whose layers have the experts."""
+        return set(self.expert_stacks.split(","))
+
     def has_experts(self, stack: str) -> bool:
-        """Check whether the layers of a stack (interaction, text, image) have experts."""
-        return self.experts > 0 and stack in self.expert_stacks.split(",")
+        """Check whether the layers of a stack have experts."""
+        return self.experts > 0 and stack in self.stacks_with_experts
+
+    def described_experts(self) -> str:
+        """Return the experts of the layers, such as `8 experts in 2 prototypes (text,image)`."""
+        if not self.experts:
+            return "no experts"
+
+        plural = "s" * (self.experts > 1)
+        prototypes = f" in {self.prototypes} prototypes" if self.prototypes > 1 else ""
+
+        return f"{self.experts} expert{plural}{prototypes} ({self.expert_stacks})"
 
     def check_size(self, name: str, kind: type) -> None:
         """Raise UsageError if the size `name` is of a wrong type or out of range, as a JSON file

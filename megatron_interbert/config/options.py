@@ -117,6 +117,7 @@ class Flags:
     """
 
     GROUP: ClassVar[str] = "more"
+    ELSEWHERE: ClassVar[dict[str, type]] = {}  # commands whose flags users may try here
 
     def __post_init__(self) -> None:
         self.given: set[str] = set()

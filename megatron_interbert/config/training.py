@@ -1,11 +1,10 @@
 """Hold and check the settings of training runs, and compute their batches."""
 
-import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from megatron_interbert.config.model import FLOAT8_MULTIPLE, ModelConfig
-from megatron_interbert.config.options import AUTO, FREE, SAME, rows, setting
+from megatron_interbert.config.options import AUTO, FREE, setting
 from megatron_interbert.config.settings import (
     CheckpointSettings,
     DataSettings,
@@ -86,9 +85,19 @@ class TrainConfig(
 
         share = self.global_batch_size // ranks
         if share and self.global_batch_size % ranks == 0:
-            fits = max(n for n in range(1, min(self.micro_batch_size, share) + 1) if share % n == 0)
+            most = min(self.micro_batch_size, share)
             reason = f"a rank's share of {self.told('global_batch_size')} is {share}"
-            self.fit("micro_batch_size", fits, reason)
+            self.fit("micro_batch_size", self.largest_micro_batch(most, share), reason)
+
+    def largest_micro_batch(self, most: int, share: int) -> int:
+        """Return the largest micro-batch of up to `most` samples that divides a rank's share, or
+        the smallest possible one if that is larger.
+        """
+        least = self.micro_batch_multiple
+        sizes = range(least, max(most, least) + 1, least)
+        fitting = [size for size in sizes if share % size == 0]
+
+        return max(fitting, default=self.micro_batch_size)
 
     def fit_partitions(self, samples: int) -> int:
         """Settle into how many partitions `samples` are cut, and return the number.
@@ -191,162 +200,3 @@ class TrainConfig(
                     f" {FLOAT8_MULTIPLE} on each of {self.tensor_model_parallel_size}"
                     " tensor-parallel ranks; leave --fp8 out or choose other sizes"
                 )
-
-
-@dataclass
-class RunConfig(TrainConfig):
-    """Hold the settings of a pretraining run."""
-
-    GROUP: ClassVar[str] = "data"
-
-    data_path: str = setting(
-        "sample_corpus/train",
-        "region store to train on (a folder with manifest.json), or several, comma-separated",
-        FREE,
-        may_differ=True,
-        names_store=True,
-    )
-    data_epochs: str = setting(
-        "", "passes over each of several stores per epoch, e.g. 1,1,2.5; default: one each", SAME
-    )
-    data_weights: str = setting(
-        "",
-        "instead of --data-epochs: each store's share of an epoch's samples, e.g. 0.7,0.2,0.1",
-        SAME,
-    )
-    valid_data_path: str = setting(
-        "",
-        "region store for --eval-interval; without it there is no evaluation",
-        FREE,
-        may_differ=True,
-        names_store=True,
-    )
-    language: str = setting(
-        "", "train only on captions with this language tag (en, zh); default: all", SAME
-    )
-    masking: str = setting(
-        "paper", "masking of the paper or of the official code", SAME, ("paper", "official")
-    )
-    msm_on_mismatched: bool = setting(
-        True, "also predict masked words of mismatched captions", SAME
-    )
-    hard_negatives: float = setting(
-        0.2,
-        "share of mismatched captions drawn from hard_negatives.npy, if present",
-        SAME,
-        least=0,
-        most=1,
-    )
-    segmenter: str = setting(
-        "characters",
-        "what counts as a Chinese word in masking: each character, or jieba's words",
-        SAME,
-        ("characters", "jieba"),
-    )
-    balance_tokens: bool = setting(
-        True, "batch samples of similar length, to give ranks nearly equal numbers of tokens", SAME
-    )
-    objectives: str = setting(
-        "msm,mrm,itm",
-        "comma-separated losses to train on (for ablations)",
-        SAME,
-        group="optimisation",
-    )
-    capacity_factor: float = setting(
-        0.0,
-        "most tokens of an expert, over its even share of a routing group; 0: no limit",
-        SAME,
-        least=0,
-        group="model",
-    )
-    balance_coefficient: float = setting(
-        0.0,
-        "weight of the loss that balances the load of experts within routing groups (usual: 0.01)",
-        SAME,
-        least=0,
-        group="optimisation",
-    )
-    routing_group: int = setting(
-        64,
-        "consecutive samples of a data partition within which capacity and balance act",
-        SAME,
-        least=1,
-        group="model",
-    )
-    eval_iters: int = setting(10, "batches per evaluation", FREE, least=1, group="logging")
-
-    def stores(self) -> list[str]:
-        """Return the paths of the region stores in --data-path."""
-        return split_paths(self.data_path)
-
-    @property
-    def routes_in_groups(self) -> bool:
-        """Check whether the routing of a token depends on others, those of its routing group."""
-        return self.capacity_factor > 0 or self.balance_coefficient > 0
-
-    def check_routing(self, sizes: ModelConfig) -> None:
-        """Raise UsageError if there is nothing to limit or balance."""
-        if self.routes_in_groups and not sizes.experts:
-            name = "capacity_factor" if self.capacity_factor else "balance_coefficient"
-            raise UsageError(
-                f"{self.told(name)}, but the model has no experts; leave it out, or give --experts"
-            )
-
-    @property
-    def micro_batch_multiple(self) -> int:
-        """Return of how many samples a micro-batch must be a multiple, to hold whole routing groups
-        of each partition of a rank.
-        """
-        if not self.routes_in_groups:
-            return 1
-        return max(self.data_partitions // self.data_parallel_size, 1) * self.routing_group
-
-    def check_routing_groups(self) -> None:
-        """Raise UsageError if a micro-batch would not hold whole routing groups."""
-        ranks = self.data_parallel_size
-        least = self.micro_batch_multiple
-        if self.micro_batch_size % least:
-            raise UsageError(
-                f"{self.told('micro_batch_size')} would cut routing groups: expected a multiple of"
-                f" {least} = {self.told('data_partitions')} / data-parallel size {ranks} x"
-                f" {self.told('routing_group')}; give another size, --data-partitions {ranks}, or a"
-                " smaller --routing-group"
-            )
-
-    def objective_names(self) -> tuple[str, ...]:
-        """Return the losses to train on; raises UsageError for a name other than msm, mrm, itm."""
-        names = tuple(name for name in self.objectives.split(",") if name)
-        for name in names:
-            if name not in ("msm", "mrm", "itm"):
-                raise UsageError(f"--objectives: unknown '{name}', expected some of msm,mrm,itm")
-
-        return names
-
-    def check(self) -> None:
-        """Raise UsageError for settings that contradict each other or have no meaning."""
-        super().check()
-
-        if self.data_epochs and self.data_weights:
-            raise UsageError(
-                "--data-epochs and --data-weights set the same thing in two ways; give only one"
-            )
-
-        if self.eval_interval and not self.valid_data_path:
-            raise UsageError(
-                "--eval-interval needs --valid-data-path, the region store to evaluate on"
-            )
-
-        self.objective_names()
-
-
-def paths_of_stores(config: Any) -> list[str]:
-    """Return the paths of all region stores that a configuration names."""
-    given = (getattr(config, name) for name, facts in rows(config) if facts.names_store)
-    return [path for text in given for path in split_paths(text)]
-
-
-def split_paths(text: str) -> list[str]:
-    """Split `a, b` into [a, b]; keep the text whole if it names a folder itself."""
-    if "," in text and os.path.isdir(text):
-        return [text]
-    return [path.strip() for path in text.split(",") if path.strip()]

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.masking import mask_regions, mask_tokens, within, word_draws
 from megatron_interbert.data.order import SampleOrder, epochs_from_weights

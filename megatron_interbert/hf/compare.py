@@ -18,6 +18,7 @@ from megatron_interbert.weights.sources import WeightSource, open_weights
 TOKENS = 12
 REGIONS = 9
 SAMPLES = 3
+ON_ROUTING = ("balance", "router_figures")  # outputs that say how, not what, a model computes
 
 
 def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[str, float]:
@@ -46,7 +47,7 @@ def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[st
     return {
         name: _difference(value, found[name])
         for name, value in expected.items()
-        if value is not None
+        if value is not None and name not in ON_ROUTING
     }
 
 

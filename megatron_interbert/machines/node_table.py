@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable, file_sha256, nearest_folder

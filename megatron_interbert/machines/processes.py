@@ -269,9 +269,13 @@ def describe_launch(launch: Launch, state: ParallelState, device: torch.device) 
             f"{device} ({name})",
             state.data_rank,
             state.tensor_rank,
+            state.expert_rank,
         )
     )
-    head = ("rank", "node", "process", "device", "data parallel", "tensor parallel")
+    head = (
+        *("rank", "node", "process", "device"),
+        *("data parallel", "tensor parallel", "expert parallel"),
+    )
 
     return "\n".join([heading(launch, len({row[1] for row in rows})), *aligned([head, *rows])])
 

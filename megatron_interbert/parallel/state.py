@@ -53,14 +53,14 @@ class ParallelState:
 
         if self.world_size % tensor_parallel_size:
             raise UsageError(
-                f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the"
-                f" {self.world_size} processes; start a multiple of it"
+                f"--tensor-model-parallel-size {tensor_parallel_size} does not divide the number"
+                f" of processes, {self.world_size}; start a multiple of it"
             )
 
         if self.world_size % expert_parallel_size:
             raise UsageError(
-                f"--expert-parallel-size {expert_parallel_size} does not divide the"
-                f" {self.world_size} processes; start a multiple of it"
+                f"--expert-parallel-size {expert_parallel_size} does not divide the number of"
+                f" processes, {self.world_size}; start a multiple of it"
             )
 
         self.tensor_size = tensor_parallel_size

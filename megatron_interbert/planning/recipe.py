@@ -17,11 +17,11 @@ ENGINE = "deepspeed.json"
 SIZES = "model.json"
 
 
-def settings_of(model: str, found: Fit) -> dict[str, Any]:
-    """Return the flags of a run in a layout, by name."""
+def settings_of(model: dict[str, Any], found: Fit) -> dict[str, Any]:
+    """Return the flags of a run in a layout, by name; `model` holds those of the model."""
     layout = found.layout
     settings = {
-        "model": model,
+        **model,
         "tensor-model-parallel-size": layout.tensor,
         "expert-parallel-size": layout.expert,
         "sequence-parallel": layout.sequence_parallel,
@@ -59,16 +59,18 @@ def engine_json(found: Fit) -> dict[str, Any]:
 
 
 def write_recipe(
-    folder: Path, model: str, found: Fit, gpu_memory: float, per_node: int
+    folder: Path, model: dict[str, Any], found: Fit, gpu_memory: float, per_node: int
 ) -> list[str]:
     """Write the files of a layout into a folder, which may be moved; return lines on how to use
     them.
 
-    A device has `gpu_memory` GiB, and a node `per_node` of them.
+    `model` holds the flags of the model, by name. A device has `gpu_memory` GiB, and a node
+    `per_node` of them.
     """
     flags = folder / FLAGS
-    sizes = None if model in PRESETS else folder / SIZES
-    settings = settings_of(SIZES if sizes else model, found)
+    name = model["model"]
+    sizes = None if name in PRESETS else folder / SIZES
+    settings = settings_of({**model, "model": SIZES if sizes else name}, found)
     start, rehearsal = commands_of(flags, found, gpu_memory, per_node)
     lines = [f"# {line}" for line in commands_of(Path(FLAGS), found, gpu_memory, per_node)]
     lines += [f"{name}: {json.dumps(value)}" for name, value in settings.items()]
@@ -79,7 +81,7 @@ def write_recipe(
         raise UsageError(f"--search {folder}: cannot be made ({error.strerror})") from error
 
     if sizes:
-        write_output(sizes, read_text(model, "--model"), "--search")
+        write_output(sizes, read_text(name, "--model"), "--search")
     write_output(folder / ENGINE, json.dumps(engine_json(found), indent=2) + "\n", "--search")
     write_output(flags, "\n".join(lines) + "\n", "--search")
 

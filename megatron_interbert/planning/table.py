@@ -168,6 +168,8 @@ def in_columns(columns: Sequence[Column], rows: Iterable[Any]) -> list[str]:
 def layout_name(layout: Layout) -> str:
     """Return a layout in words, such as `DP8 x TP1, ZeRO-2, activations recomputed`."""
     words = [f"DP{layout.data} x TP{layout.tensor}", f"ZeRO-{layout.zero_stage}"]
+    if layout.expert > 1:
+        words.insert(1, f"EP{layout.expert}")
     if layout.sequence_parallel:
         words.append("sequence parallelism")
     if layout.recompute:

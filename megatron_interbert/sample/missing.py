@@ -8,7 +8,7 @@ from pathlib import Path
 
 import megatron_interbert
 from megatron_interbert.command_line import RECIPE
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.launch import number

@@ -12,6 +12,7 @@ from megatron_interbert.config.options import (
     redefault,
     setting,
 )
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.config.training import TrainConfig
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # of evaluations; tasks/precision.py resolves auto
@@ -22,6 +23,7 @@ class FinetuneConfig(TrainConfig):
     """Hold the settings shared by all finetuning runs."""
 
     GROUP: ClassVar[str] = "data"
+    ELSEWHERE: ClassVar[dict[str, type]] = {"pretrain": RunConfig}
 
     model: str = redefault(
         TrainConfig,
@@ -141,6 +143,7 @@ class EvaluateConfig(LoadConfig):
     """Hold the settings shared by all evaluations."""
 
     GROUP: ClassVar[str] = "data"
+    ELSEWHERE: ClassVar[dict[str, type]] = {"pretrain and finetune": TrainConfig}
 
     output: str = option(
         "",

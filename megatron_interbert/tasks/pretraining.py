@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.packing import PackedBatch

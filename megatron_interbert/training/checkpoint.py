@@ -461,8 +461,9 @@ class Checkpoints:
             if note := changed_rate(manifest, self.config):
                 print(note, flush=True)
 
-            before = f"{describe(manifest['topology'])}, {manifest['precision']}"
-            now = f"{describe(topology(self.config, self.state))}, {engine.precision}"
+            experts = self.model_config.experts > 0
+            before = f"{describe(manifest['topology'], experts)}, {manifest['precision']}"
+            now = f"{describe(topology(self.config, self.state), experts)}, {engine.precision}"
             if before != now:
                 print(f"resharding {path.name}: {before} -> {now}", flush=True)
 
@@ -538,10 +539,9 @@ def topology(config: TrainConfig, state: ParallelState) -> dict[str, int]:
     }
 
 
-def describe(layout: dict[str, int]) -> str:
+def describe(layout: dict[str, int], experts: bool) -> str:
     """Format a topology for people, e.g. `DP2 x TP1, ZeRO-1`; with experts `DP2 x TP1, EP2, ..`."""
-    experts = layout.get("expert_parallel", 1)  # checkpoints of earlier versions lack it
-    divided = f", EP{experts}" if experts > 1 else ""
+    divided = f", EP{layout['expert_parallel']}" if experts else ""
 
     return (
         f"DP{layout['data_parallel']} x TP{layout['tensor_parallel']}{divided},"

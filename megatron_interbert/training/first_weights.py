@@ -95,12 +95,8 @@ def viewed_as(config: ModelConfig, source: WeightSource, seed: int) -> WeightSou
             " --share-layers out"
         )
 
-    if source.config.experts and source.config.prototypes != config.prototypes:
-        raise UsageError(
-            f"{source.path}: its {source.config.experts} experts form {source.config.prototypes}"
-            f" prototypes, the run's {config.prototypes}, so tokens would go to other experts; give"
-            f" --prototypes {source.config.prototypes}"
-        )
+    if source.config.experts:
+        check_same_experts(config, source)
 
     if source.config.share_layers and not config.share_layers:
         source = untied(source)
@@ -115,6 +111,24 @@ def viewed_as(config: ModelConfig, source: WeightSource, seed: int) -> WeightSou
         )
 
     return source
+
+
+def check_same_experts(config: ModelConfig, source: WeightSource) -> None:
+    """Raise UsageError unless a model of `config` has the experts of weights that have some."""
+    theirs = source.config
+    if (config.experts, config.prototypes) != (theirs.experts, theirs.prototypes):
+        raise UsageError(
+            f"{source.path}: its model has {theirs.described_experts()}, the run's"
+            f" has {config.described_experts()}; give --experts {theirs.experts} --prototypes"
+            f" {theirs.prototypes}"
+        )
+
+    if config.stacks_with_experts != theirs.stacks_with_experts:
+        raise UsageError(
+            f"{source.path}: its model has {theirs.described_experts()}, the run's"
+            f" has {config.described_experts()}; give --model FILE.json with"
+            f' "expert_stacks": "{theirs.expert_stacks}"'
+        )
 
 
 def load_initial_weights(

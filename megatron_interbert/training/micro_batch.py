@@ -204,12 +204,9 @@ def choose_micro_batch(
     """
     state = trial.state
     share = share_of(global_batch, state.data_size)
-    if share % trial.config.micro_batch_multiple:
-        raise UsageError(
-            f"--micro-batch-size auto would cut routing groups: a rank's share is {share} samples,"
-            f" expected a multiple of {trial.config.micro_batch_multiple}; give another"
-            " --global-batch-size or --routing-group"
-        )
+    trial.config.refuse_cut_groups(
+        f"a rank's share of {share} samples", share, "--global-batch-size"
+    )
 
     room = memory_of(trial.device) * USED
     rates = measure_rates(trial, make_model, share, room, alive)

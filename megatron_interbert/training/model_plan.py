@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.training import RunConfig, TrainConfig
+from megatron_interbert.config.pretraining import RunConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.kernels.choice import Kernels, choose_kernels
 from megatron_interbert.model.construction import give_memory, on_meta
 from megatron_interbert.model.initialise import FirstWeights, initialise

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.options import NOTE, SAME, Resume, rows
+from megatron_interbert.config.options import NOTE, SAME, Resume, flag, rows
+from megatron_interbert.config.settings import ModelSettings
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.parallel.agreement import some, together
@@ -296,9 +297,10 @@ def check_same_model(
 
     if differing:
         sizes = ", ".join(f"{k} {theirs.get(k)} against {ours[k]}" for k in differing)
+        flags = [flag(name) for name in differing if hasattr(ModelSettings, name)]
         raise UsageError(
-            f"{where}: made with other model sizes ({sizes}); use the same --model, vocabulary and"
-            " data"
+            f"{where}: made with other model sizes ({sizes}); use the same"
+            f" {', '.join(['--model', *flags])}, vocabulary and data"
         )
 
     if manifest["data"].get("task") != data.get("task"):

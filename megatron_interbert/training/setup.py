@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.training import RunConfig, TrainConfig
+from megatron_interbert.config.pretraining import RunConfig
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.order import check_partitions
@@ -259,8 +260,7 @@ def described_experts(sizes: ModelConfig) -> str:
     """Return the experts of a model and how its layers are shared, as an addition to a line."""
     said = ""
     if sizes.experts:
-        prototypes = f" in {sizes.prototypes} prototypes" if sizes.prototypes > 1 else ""
-        said = f" of {sizes.experts} experts{prototypes} ({sizes.expert_stacks})"
+        said = f" of {sizes.described_experts()}"
     if sizes.share_layers:
         said += ", shared within each stack"
 

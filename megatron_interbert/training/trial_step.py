@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.errors import UsageError, at_end
 from megatron_interbert.files import write_json

@@ -20,7 +20,7 @@ import deepspeed
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.machines.processes import quiet_libraries
 from megatron_interbert.model.presets import PRESETS, with_experts, with_usual_data

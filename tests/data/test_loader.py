@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import SLOTS, BatchStream, pinned_ahead
 from megatron_interbert.data.pretraining import PretrainingSet

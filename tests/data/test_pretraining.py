@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import Example, normalised_locations, pack, to_batch

@@ -142,7 +142,7 @@ import json, torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 calls = []
 CPU_Accelerator.set_device = lambda self, number: calls.append(number)
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.machines.processes import start_processes

@@ -44,7 +44,7 @@ def count(changes: dict) -> None:
     """Train three steps in a layout, and compare the third step's bytes on this rank."""
     import torch
 
-    from megatron_interbert.config.training import RunConfig
+    from megatron_interbert.config.pretraining import RunConfig
     from megatron_interbert.data.packing import pack
     from megatron_interbert.kernels.choice import Kernels
     from megatron_interbert.model.flops import Tokens

@@ -10,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.image_names import ImageName
 from megatron_interbert.data.packing import to_batch

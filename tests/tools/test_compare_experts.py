@@ -4,7 +4,7 @@ import json
 import sys
 
 from megatron_interbert.command_line import read_options
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.model.presets import PRESETS, load_model_config
 from megatron_interbert.weights.sources import open_weights
 from tests.corpus import write_store

@@ -18,7 +18,7 @@ from megatron_interbert.hf import (
     InterBertForPreTraining,
     InterBertForSequenceClassification,
 )
-from megatron_interbert.hf.compare import load_core, random_batch
+from megatron_interbert.hf.compare import largest_difference, load_core, random_batch
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.training.first_weights import viewed_as
 from megatron_interbert.weights.reader import CheckpointReader
@@ -175,8 +175,14 @@ def test_some_stacks_become_experts(tmp_path, monkeypatch):
     assert divided.config.expert_stacks == "text"
     assert "text_stream.layers.0.mlp.experts.up.weight" in divided.layouts
     assert "interaction.layers.0.mlp.up.weight" in divided.layouts
-    expected = loss_of(open_weights(tmp_path / "dense"))
+    dense = open_weights(tmp_path / "dense")
+    expected = loss_of(dense)
     assert abs(loss_of(divided) - expected) < 1e-3 * expected
+
+    differences = largest_difference(dense, "checkpoint", tmp_path / "experts")
+    assert "router_figures" not in differences
+    assert 0 < differences["text_hidden"] < 1e-2
+    assert differences["image_hidden"] == 0
 
     with pytest.raises(UsageError, match="expert_stacks is 'texts', expected some of"):
         convert(
@@ -188,12 +194,20 @@ def test_some_stacks_become_experts(tmp_path, monkeypatch):
         convert(monkeypatch, tmp_path / "dense", *target, "--expert-stacks", "text")
 
 
-def test_other_prototypes_are_refused_at_the_start_of_a_run(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prototypes": 1}, r"6 experts \(.*\); give --experts 6 --prototypes 2"),
+        ({"experts": 4}, "4 experts in 2 prototypes .*; give --experts 6 --prototypes 2"),
+        ({"experts": 0, "prototypes": 1}, "no experts; give --experts 6 --prototypes 2"),
+        ({"expert_stacks": "text"}, '.*; give --model FILE.json with "expert_stacks": "inter'),
+    ],
+)
+def test_other_experts_are_refused_at_the_start_of_a_run(changes, said, tmp_path):
     random_source(SIZES, tmp_path / "start")
     source = open_weights(tmp_path / "start")
-    other = dataclasses.replace(SIZES, prototypes=1)
-    with pytest.raises(UsageError, match=r"form 2 prototypes, the run's 1, .* --prototypes 2"):
-        viewed_as(other, source, 0)
+    with pytest.raises(UsageError, match="has 6 experts in 2 prototypes .*, the run's has " + said):
+        viewed_as(dataclasses.replace(SIZES, **changes), source, 0)
 
 
 @pytest.mark.parametrize("experts", [0, 4])

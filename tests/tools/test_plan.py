@@ -11,7 +11,7 @@ import pytest
 
 from megatron_interbert.command_line import parse, read_options
 from megatron_interbert.commands import plan
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.dry_run import DryRunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import Kernels
@@ -52,7 +52,7 @@ def test_a_table_of_layouts_that_fit(tmp_path):
     fit, left_out = out.split("left out:") if "left out:" in out else (out, "")
     assert len(fit.split("\nDP  TP  ")[1].strip().splitlines()) == 1 + len(layouts)
     assert "157.1 M parameters on 4 devices of 16 GiB, of which 14.4 are used at most" in fit
-    assert "fewest devices, of 1, 2, 4, ..: 1 holds 1 sample at a time (DP1 x TP1, ZeRO-1)" in fit
+    assert "fewest devices, of 1, 2, 4, .., for 1 sample at a time: 1 (DP1 x TP1, ZeRO-1)" in fit
     for line in fit.splitlines():
         assert len(line) <= 110
         if heading := re.match(r"  (\S+)   *\S", line):  # a line of the legend
@@ -184,7 +184,7 @@ def test_the_advice_for_more_devices_fits(monkeypatch, capsys):
 
     run_here(monkeypatch, "--gpus", devices, *flags)
     out = capsys.readouterr().out
-    assert f"fewest devices, of 1, 2, 4, ..: {devices} hold 1024 samples at a time" in out
+    assert f"fewest devices, of 1, 2, 4, .., for 1024 samples at a time: {devices} (" in out
 
 
 def test_a_small_model_and_nodes_that_are_not_full(monkeypatch, capsys):

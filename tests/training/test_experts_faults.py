@@ -117,7 +117,10 @@ def test_a_rank_is_killed_in_a_run(store, tmp_path):
     [
         (("--expert-parallel-size", 2), "the model has no experts"),
         (("--experts", 3, "--expert-parallel-size", 2), "does not divide the 3 experts"),
-        (("--experts", 4, "--expert-parallel-size", 4), "does not divide the 2 processes"),
+        (
+            ("--experts", 4, "--expert-parallel-size", 4),
+            "does not divide the number of proc",
+        ),
         (("--experts", 4, "--prototypes", 3), "not a multiple of prototypes"),
         (("--capacity-factor", 1.25), "the model has no experts"),
         (

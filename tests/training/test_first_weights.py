@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.model.initialise import BLOCK, draw_normal, initialise
 from megatron_interbert.model.interbert import InterBert

@@ -15,7 +15,7 @@ import torch
 
 from megatron_interbert.board import Board
 from megatron_interbert.command_line import parse
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data import integrity
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import open_lock, point_to, sibling, write_text

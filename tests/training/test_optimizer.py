@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.training.optimizer import gradient_norm, learning_rate, parameter_groups

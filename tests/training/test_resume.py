@@ -16,7 +16,7 @@ import psutil
 import pytest
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.training.resume import check_same_run, newest_settings
 from megatron_interbert.training.run_folder import to_prune

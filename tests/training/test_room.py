@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.planning.layout import BUCKET, PREFETCH, Layout, Load
 from megatron_interbert.planning.memory import Memory, predict

@@ -18,7 +18,7 @@ import torch.utils.cpp_extension
 from deepspeed.ops.op_builder import AsyncIOBuilder
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.parallel.state import ParallelState

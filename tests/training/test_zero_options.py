@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from deepspeed.utils import groups
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.training.deepspeed_config import merge
 from tests.dist import run_on_ranks

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from megatron_interbert.config.options import option
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import flush_file

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.model.initialise import initialise

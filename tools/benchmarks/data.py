@@ -19,7 +19,7 @@ import lmdb
 import numpy as np
 
 from megatron_interbert.config.options import option
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.loader import BatchStream
 from megatron_interbert.data.packing import PackedBatch

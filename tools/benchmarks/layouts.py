@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import option
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import PackedBatch, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import Kernels

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megatron_interbert.config.training import RunConfig
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import Example, PackedBatch, pack
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import choose_kernels

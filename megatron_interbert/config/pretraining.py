@@ -1,0 +1,230 @@
+"""Hold and check the settings of pretraining runs."""
+
+import math
+import os
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.options import AUTO, FREE, SAME, rows, setting
+from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.errors import UsageError
+
+
+@dataclass
+class RunConfig(TrainConfig):
+    """Hold the settings of a pretraining run."""
+
+    GROUP: ClassVar[str] = "data"
+
+    data_path: str = setting(
+        "sample_corpus/train",
+        "region store to train on (a folder with manifest.json), or several, comma-separated",
+        FREE,
+        may_differ=True,
+        names_store=True,
+    )
+    data_epochs: str = setting(
+        "", "passes over each of several stores per epoch, e.g. 1,1,2.5; default: one each", SAME
+    )
+    data_weights: str = setting(
+        "",
+        "instead of --data-epochs: each store's share of an epoch's samples, e.g. 0.7,0.2,0.1",
+        SAME,
+    )
+    valid_data_path: str = setting(
+        "",
+        "region store for --eval-interval; without it there is no evaluation",
+        FREE,
+        may_differ=True,
+        names_store=True,
+    )
+    language: str = setting(
+        "", "train only on captions with this language tag (en, zh); default: all", SAME
+    )
+    masking: str = setting(
+        "paper", "masking of the paper or of the official code", SAME, ("paper", "official")
+    )
+    msm_on_mismatched: bool = setting(
+        True, "also predict masked words of mismatched captions", SAME
+    )
+    hard_negatives: float = setting(
+        0.2,
+        "share of mismatched captions drawn from hard_negatives.npy, if present",
+        SAME,
+        least=0,
+        most=1,
+    )
+    segmenter: str = setting(
+        "characters",
+        "what counts as a Chinese word in masking: each character, or jieba's words",
+        SAME,
+        ("characters", "jieba"),
+    )
+    balance_tokens: bool = setting(
+        True, "batch samples of similar length, to give ranks nearly equal numbers of tokens", SAME
+    )
+    objectives: str = setting(
+        "msm,mrm,itm",
+        "comma-separated losses to train on (for ablations)",
+        SAME,
+        group="optimisation",
+    )
+    capacity_factor: float = setting(
+        0.0,
+        "most tokens of an expert, over its even share of a routing group; 0: no limit",
+        SAME,
+        least=0,
+        group="model",
+    )
+    balance_coefficient: float = setting(
+        0.0,
+        "weight of the loss that balances the load of experts within routing groups (usual: 0.01)",
+        SAME,
+        least=0,
+        group="optimisation",
+    )
+    routing_group: int = setting(
+        64,
+        "consecutive samples of a data partition within which capacity and balance act",
+        SAME,
+        least=1,
+        group="model",
+    )
+    eval_iters: int = setting(10, "batches per evaluation", FREE, least=1, group="logging")
+
+    def stores(self) -> list[str]:
+        """Return the paths of the region stores in --data-path."""
+        return split_paths(self.data_path)
+
+    @property
+    def routes_in_groups(self) -> bool:
+        """Check whether the routing of a token depends on others, those of its routing group."""
+        return self.capacity_factor > 0 or self.balance_coefficient > 0
+
+    def check_routing(self, sizes: ModelConfig) -> None:
+        """Raise UsageError if there is nothing to limit or balance."""
+        if self.routes_in_groups and not sizes.experts:
+            name = "capacity_factor" if self.capacity_factor else "balance_coefficient"
+            raise UsageError(
+                f"{self.told(name)}, but the model has no experts; leave it out, or give --experts"
+            )
+
+        if not self.routes_in_groups and not self.is_default("routing_group"):
+            raise UsageError(
+                f"{self.told('routing_group')}, but nothing acts within routing groups; leave it"
+                " out, or give --capacity-factor or --balance-coefficient"
+            )
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Return of how many samples a micro-batch must be a multiple, to hold whole routing groups
+        of each partition of a rank.
+        """
+        if not self.routes_in_groups:
+            return 1
+        return max(self.data_partitions // self.data_parallel_size, 1) * self.routing_group
+
+    def fit_batches(self, data_parallel_size: int) -> None:
+        """Fit batch sizes that were not given to ranks and routing groups."""
+        self.fit_partitions_to_groups()
+        super().fit_batches(data_parallel_size)
+
+        least = self.micro_batch_multiple
+        if self.is_default("micro_batch_size") and not self.global_batch_size:
+            whole = -(-self.micro_batch_size // least) * least
+            self.fit("micro_batch_size", whole, f"whole routing groups, {self.told_groups()}")
+
+    def fit_partitions(self, samples: int) -> int:
+        """Settle into how many partitions `samples` are cut, and return the number."""
+        self.fit_partitions_to_groups()
+        return super().fit_partitions(samples)
+
+    def fit_partitions_to_groups(self) -> None:
+        """Let each rank have as many partitions as a micro-batch holds whole routing groups of,
+        unless a number was given. Without a given micro-batch it has one.
+        """
+        if not self.routes_in_groups or not self.is_default("data_partitions"):
+            return
+
+        told = self.micro_batch_size != AUTO and not self.is_default("micro_batch_size")
+        groups = max(self.micro_batch_size // self.routing_group, 1) if told else 1
+        most = max(self.data_partitions // self.data_parallel_size, 1)
+        largest_power = 1 << (most.bit_length() - 1)
+        each = math.gcd(groups, largest_power)
+
+        self.fit(
+            "data_partitions",
+            self.data_parallel_size * each,
+            f"a micro-batch holds whole routing groups of {self.routing_group} samples",
+        )
+
+    def told_groups(self) -> str:
+        """Return of how many samples a micro-batch must be a multiple, and why."""
+        return (
+            f"{self.micro_batch_multiple} = {self.told('data_partitions')} / data-parallel size"
+            f" {self.data_parallel_size} x {self.told('routing_group')}"
+        )
+
+    def refuse_cut_groups(self, batch: str, samples: int, wanted: str) -> None:
+        """Raise UsageError if `samples`, which `batch` describes, would not be whole routing
+        groups; `wanted` names the flag that changes them.
+        """
+        if samples % self.micro_batch_multiple == 0:
+            return
+
+        ranks = self.data_parallel_size
+        resumed = "data_partitions" in self.origins and "data_partitions" not in self.given
+        ways = [f"another {wanted}"]
+        if not resumed and self.data_partitions > ranks and samples % self.routing_group == 0:
+            ways.append(f"--data-partitions {ranks}")
+        if not resumed:
+            ways.append("a smaller --routing-group")
+
+        raise UsageError(
+            f"{batch} would cut routing groups: expected a multiple of {self.told_groups()}; give"
+            f" {' or '.join(ways)}"
+        )
+
+    def check_routing_groups(self) -> None:
+        """Raise UsageError if a micro-batch would not hold whole routing groups."""
+        told = self.told("micro_batch_size")
+        self.refuse_cut_groups(told, self.micro_batch_size, "--micro-batch-size")
+
+    def objective_names(self) -> tuple[str, ...]:
+        """Return the losses to train on; raises UsageError for a name other than msm, mrm, itm."""
+        names = tuple(name for name in self.objectives.split(",") if name)
+        for name in names:
+            if name not in ("msm", "mrm", "itm"):
+                raise UsageError(f"--objectives: unknown '{name}', expected some of msm,mrm,itm")
+
+        return names
+
+    def check(self) -> None:
+        """Raise UsageError for settings that contradict each other or have no meaning."""
+        super().check()
+
+        if self.data_epochs and self.data_weights:
+            raise UsageError(
+                "--data-epochs and --data-weights set the same thing in two ways; give only one"
+            )
+
+        if self.eval_interval and not self.valid_data_path:
+            raise UsageError(
+                "--eval-interval needs --valid-data-path, the region store to evaluate on"
+            )
+
+        self.objective_names()
+
+
+def paths_of_stores(config: Any) -> list[str]:
+    """Return the paths of all region stores that a configuration names."""
+    given = (getattr(config, name) for name, facts in rows(config) if facts.names_store)
+    return [path for text in given for path in split_paths(text)]
+
+
+def split_paths(text: str) -> list[str]:
+    """Split `a, b` into [a, b]; keep the text whole if it names a folder itself."""
+    if "," in text and os.path.isdir(text):
+        return [text]
+    return [path.strip() for path in text.split(",") if path.strip()]
