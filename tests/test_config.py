@@ -99,7 +99,7 @@ def test_cut_routing_groups_are_refused(ranks, argv, said):
 
     resumed = read("--experts", "4", "--balance-coefficient", "0.1", "--micro-batch-size", "64")
     resumed.settle("data_partitions", 2, "run/global_step8")
-    with pytest.raises(UsageError, match="128 = .*; give another --micro-batch-size$"):
+    with pytest.raises(UsageError, match=r"128 = .*; give another --micro-batch-size$"):
         resumed.check_routing_groups()
 
 

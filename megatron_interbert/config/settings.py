@@ -85,7 +85,7 @@ class ModelSettings(Flags):
     share_layers: bool = setting(
         False,
         "all layers of a stack have the same parameters (the first part of Pseudo-to-Real;"
-        " tools/convert_checkpoint.py --untie-layers prepares the second)",
+        " interbert convert --untie-layers prepares the second)",
         FREE,
     )
     dropout: bool = setting(True, "--no-dropout sets every dropout to 0", SAME)

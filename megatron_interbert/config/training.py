@@ -90,14 +90,16 @@ class TrainConfig(
             self.fit("micro_batch_size", self.largest_micro_batch(most, share), reason)
 
     def largest_micro_batch(self, most: int, share: int) -> int:
-        """Return the largest micro-batch of up to `most` samples that divides a rank's share, or
-        the smallest possible one if that is larger.
-        """
-        least = self.micro_batch_multiple
-        sizes = range(least, max(most, least) + 1, least)
-        fitting = [size for size in sizes if share % size == 0]
+        """Return the largest micro-batch of up to `most` samples that divides a rank's share.
 
-        return max(fitting, default=self.micro_batch_size)
+        If there are larger ones alone that are the multiple that they must be, it is the smallest
+        of them; if there is none, it is no such multiple.
+        """
+        sizes = [size for size in range(1, share + 1) if share % size == 0]
+        multiples = [size for size in sizes if size % self.micro_batch_multiple == 0]
+        fitting = [size for size in multiples or sizes if size <= most]
+
+        return max(fitting, default=min(multiples or sizes))
 
     def fit_partitions(self, samples: int) -> int:
         """Settle into how many partitions `samples` are cut, and return the number.

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.packing import PackedBatch, to_batch
 from megatron_interbert.data.training_set import TrainingSet
@@ -204,9 +205,9 @@ def choose_micro_batch(
     """
     state = trial.state
     share = share_of(global_batch, state.data_size)
-    trial.config.refuse_cut_groups(
-        f"a rank's share of {share} samples", share, "--global-batch-size"
-    )
+    if isinstance(trial.config, RunConfig):
+        told = f"a rank's share of {share} samples"
+        trial.config.refuse_cut_groups(told, share, "--global-batch-size")
 
     room = memory_of(trial.device) * USED
     rates = measure_rates(trial, make_model, share, room, alive)

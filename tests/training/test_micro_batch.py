@@ -11,6 +11,7 @@ import h5py
 import pytest
 import torch
 
+from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.task import Job
@@ -25,8 +26,8 @@ from tests.sizes import SMALL
 class Pretended:
     """Simulate a trial whose passes take `seconds(n)` per sample and where `room` samples fit."""
 
-    def __init__(self, seconds, room=10**9, multiple=1):
-        self.config = SimpleNamespace(micro_batch_multiple=multiple)
+    def __init__(self, seconds, room=10**9, **settings):
+        self.config = RunConfig(**settings)
         self.state = ParallelState()
         self.device = torch.device("cpu")
         self.dtype = torch.float32
@@ -75,10 +76,13 @@ def test_the_largest_of_the_fastest_that_divides_and_fits():
 
 
 def test_routing_groups_are_not_cut():
-    grouped = Pretended(lambda samples: 0.01, room=100, multiple=16)
+    groups = {"balance_coefficient": 0.1, "data_partitions": 2, "routing_group": 8}
+    grouped = Pretended(lambda samples: 0.01, room=100, **groups)
     assert choose(grouped, 192) == 64
     assert grouped.tried == [16, 32, 64]
-    with pytest.raises(UsageError, match="share is 40 samples, expected a multiple of 16"):
+    with pytest.raises(
+        UsageError, match=r"share of 40 samples would cut .* multiple of 16 .* --glob"
+    ):
         choose(grouped, 40)
 
 
