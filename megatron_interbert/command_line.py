@@ -227,16 +227,24 @@ def parse(
 
 def hint(wrong: str, config_class: type) -> str:
     """Say for an unknown flag which other command has it, or which flag is most similar."""
-    for command, other in config_class.ELSEWHERE.items():
+    for who_takes, other in config_class.ELSEWHERE.items():
         if wrong in spellings(other):
-            return f", which is a flag of {command} alone"
+            return f", which {who_takes}, not this command"
 
-    return nearest(wrong, spellings(config_class))
+    return nearest(wrong, (spelling(name, facts) for name, facts in rows(config_class)))
 
 
-def spellings(config_class: type) -> list[str]:
-    """Return all flags of a command."""
-    return [spelling(name, facts) for name, facts in rows(config_class)]
+def spellings(config_class: type) -> set[str]:
+    """Return all flags of a command, with their negations and old names."""
+    found = set()
+    for entry in dataclasses.fields(config_class):
+        facts = entry.metadata["facts"]
+        word = spelling(entry.name, facts)
+        found |= {word, *facts.old_names}
+        if entry.type is bool:
+            found.add(word.replace("--", "--no-", 1))
+
+    return found
 
 
 def check_required(config_class: type, given: Mapping[str, Any]) -> None:

@@ -46,7 +46,12 @@ from megatron_interbert.training.deepspeed_config import (
     described_offload,
     merge,
 )
-from megatron_interbert.training.resume import check_same_model, newest_manifest
+from megatron_interbert.training.resume import (
+    check_same_model,
+    newest_manifest,
+    newest_settings,
+    take_fitted,
+)
 from megatron_interbert.training.trial_step import try_step
 
 REQUIRED = {
@@ -103,6 +108,8 @@ def check_batch(config: PreflightConfig) -> str:
     config.check_ranks(config.world_size)
     ranks = ranks_of(config)
     config.data_parallel_size = ranks
+    if config.resume != "never":
+        take_fitted(config, newest_settings(config))
     config.fit_zero_stage(config.world_size)
     config.by_trial = config.micro_batch_size == AUTO
 
@@ -143,6 +150,7 @@ def check_data(config: PreflightConfig) -> str:
     config.check_routing(sizes)
     dataset = PretrainingSet(corpus, tokenizer, config)
     if config.by_trial:
+        config.check_share(config.global_batch_size // config.data_parallel_size)
         config.micro_batch_size = config.micro_batch_multiple
     else:
         config.check_routing_groups()

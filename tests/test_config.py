@@ -12,7 +12,9 @@ from megatron_interbert.config.options import AUTO, rows
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS, load_model_config
+from megatron_interbert.tasks.pretraining import config_of_validation
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig, RetrievalConfig
+from megatron_interbert.training.deepspeed_config import merge
 
 
 def read(*argv):
@@ -27,10 +29,12 @@ def test_dashes_and_underscores_mean_the_same():
 
 
 def test_flags_of_another_command_are_named_as_such():
-    with pytest.raises(UsageError, match="'--balance-coefficient', which is a flag of pretrain al"):
+    with pytest.raises(UsageError, match="'--balance-coefficient', which pretrain takes, not this"):
         parse(RetrievalConfig, "test", ["--balance-coefficient", "0.01"])
-    with pytest.raises(UsageError, match="'--expert-parallel-size', which is a flag of pretrain a"):
+    with pytest.raises(UsageError, match="'--expert-parallel-size', which pretrain and finetune t"):
         parse(EvaluateRetrievalConfig, "test", ["--expert-parallel-size", "2"])
+    with pytest.raises(UsageError, match="'--no-balance-tokens', which pretrain takes"):
+        parse(EvaluateRetrievalConfig, "test", ["--no-balance-tokens"])
     with pytest.raises(UsageError, match=r"'--lrr' \(did you mean '--lr'\?\)"):
         parse(RetrievalConfig, "test", ["--lrr", "1"])
 
@@ -83,13 +87,18 @@ def test_resumed_defaults_hold_whole_routing_groups():
         (
             2,
             ["--micro-batch-size", "48"],
-            r"multiple of 64 = --data-partitions 2 \(fitted\) / .*; give another --micro-batch-size"
-            " or a smaller --routing-group$",
+            r"--micro-batch-size 48 would .* multiple of 64 = --data-partitions 2 \(fitted\) / .*;"
+            " give another --micro-batch-size or, in a new run, a smaller --routing-group$",
         ),
         (
             2,
             ["--micro-batch-size", "128", "--data-partitions", "64"],
-            "multiple of 2048 = .*; give another --micro-batch-size or --data-partitions 2 or a",
+            "multiple of 2048 = .* in a new run, --data-partitions 2 or a smaller --routing-group$",
+        ),
+        (
+            1,
+            ["--global-batch-size", "96"],
+            "share of the global batch, 96 samples, would .* give another --global-batch-size or",
         ),
     ],
 )
@@ -97,10 +106,27 @@ def test_cut_routing_groups_are_refused(ranks, argv, said):
     with pytest.raises(UsageError, match=said):
         routing(ranks, *argv)
 
-    resumed = read("--experts", "4", "--balance-coefficient", "0.1", "--micro-batch-size", "64")
-    resumed.settle("data_partitions", 2, "run/global_step8")
-    with pytest.raises(UsageError, match=r"128 = .*; give another --micro-batch-size$"):
-        resumed.check_routing_groups()
+
+def test_a_json_that_accumulates_gets_whole_routing_groups(tmp_path):
+    file = tmp_path / "ds.json"
+    file.write_text('{"gradient_accumulation_steps": 4}')
+    config = read("--experts", "4", "--balance-coefficient", "0.1", "--deepspeed-config", str(file))
+    merge(config, 1)
+    assert (config.micro_batch_size, config.global_batch_size) == (64, 256)
+
+
+def test_validation_has_the_same_samples_on_any_number_of_ranks():
+    for ranks in (1, 2, 4):
+        config = read("--experts", "4", "--balance-coefficient", "0.1", "--data-partitions", "8")
+        config.data_parallel_size = ranks
+        assert config_of_validation(config).fit_partitions(10_000) == 8
+        assert config.told("data_partitions") == "--data-partitions 8"
+
+
+def test_micro_batches_of_a_large_share():
+    config = read("--global-batch-size", str(10**12))
+    config.fit_batches(1)
+    assert config.micro_batch_size == 32
 
 
 def test_yaml_below_flags(tmp_path):

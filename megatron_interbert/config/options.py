@@ -117,7 +117,8 @@ class Flags:
     """
 
     GROUP: ClassVar[str] = "more"
-    ELSEWHERE: ClassVar[dict[str, type]] = {}  # commands whose flags users may try here
+    # commands whose flags users may try here, such as "pretrain takes", and their flags
+    ELSEWHERE: ClassVar[dict[str, type]] = {}
 
     def __post_init__(self) -> None:
         self.given: set[str] = set()

@@ -110,12 +110,6 @@ class RunConfig(TrainConfig):
                 f"{self.told(name)}, but the model has no experts; leave it out, or give --experts"
             )
 
-        if not self.routes_in_groups and not self.is_default("routing_group"):
-            raise UsageError(
-                f"{self.told('routing_group')}, but nothing acts within routing groups; leave it"
-                " out, or give --capacity-factor or --balance-coefficient"
-            )
-
     @property
     def micro_batch_multiple(self) -> int:
         """Return of how many samples a micro-batch must be a multiple, to hold whole routing groups
@@ -127,36 +121,40 @@ class RunConfig(TrainConfig):
 
     def fit_batches(self, data_parallel_size: int) -> None:
         """Fit batch sizes that were not given to ranks and routing groups."""
-        self.fit_partitions_to_groups()
+        self.fit_to_groups()
         super().fit_batches(data_parallel_size)
-
-        least = self.micro_batch_multiple
-        if self.is_default("micro_batch_size") and not self.global_batch_size:
-            whole = -(-self.micro_batch_size // least) * least
-            self.fit("micro_batch_size", whole, f"whole routing groups, {self.told_groups()}")
 
     def fit_partitions(self, samples: int) -> int:
         """Settle into how many partitions `samples` are cut, and return the number."""
         self.fit_partitions_to_groups()
         return super().fit_partitions(samples)
 
+    def fit_to_groups(self) -> None:
+        """Fit partitions, and a micro-batch that nothing else decides, to routing groups."""
+        self.fit_partitions_to_groups()
+        if self.is_default("micro_batch_size") and not self.global_batch_size:
+            multiple = self.micro_batch_multiple
+            whole = -(-self.micro_batch_size // multiple) * multiple
+            self.fit("micro_batch_size", whole, f"whole routing groups, {self.told_groups()}")
+
     def fit_partitions_to_groups(self) -> None:
-        """Let each rank have as many partitions as a micro-batch holds whole routing groups of,
-        unless a number was given. Without a given micro-batch it has one.
+        """Let a rank have one partition or a power of 2 that divides the routing groups of a given
+        micro-batch, unless the number of partitions was given.
         """
         if not self.routes_in_groups or not self.is_default("data_partitions"):
             return
 
+        ranks = self.data_parallel_size
         told = self.micro_batch_size != AUTO and not self.is_default("micro_batch_size")
         groups = max(self.micro_batch_size // self.routing_group, 1) if told else 1
-        most = max(self.data_partitions // self.data_parallel_size, 1)
-        largest_power = 1 << (most.bit_length() - 1)
-        each = math.gcd(groups, largest_power)
+        most = max(self.data_partitions // ranks, 1)
+        each = math.gcd(groups, 1 << (most.bit_length() - 1))
 
         self.fit(
             "data_partitions",
-            self.data_parallel_size * each,
-            f"a micro-batch holds whole routing groups of {self.routing_group} samples",
+            ranks * each,
+            f"whole routing groups of {self.routing_group} samples; the run can be resumed on"
+            f" {ranks * each} data-parallel rank{'s' * (ranks * each > 1)} at most",
         )
 
     def told_groups(self) -> str:
@@ -166,30 +164,37 @@ class RunConfig(TrainConfig):
             f" {self.data_parallel_size} x {self.told('routing_group')}"
         )
 
-    def refuse_cut_groups(self, batch: str, samples: int, wanted: str) -> None:
+    def refuse_cut_groups(self, batch: str, samples: int, name: str) -> None:
         """Raise UsageError if `samples`, which `batch` describes, would not be whole routing
-        groups; `wanted` names the flag that changes them.
+        groups; `name` is the flag that changes them.
         """
         if samples % self.micro_batch_multiple == 0:
             return
 
         ranks = self.data_parallel_size
-        resumed = "data_partitions" in self.origins and "data_partitions" not in self.given
-        ways = [f"another {wanted}"]
-        if not resumed and self.data_partitions > ranks and samples % self.routing_group == 0:
-            ways.append(f"--data-partitions {ranks}")
-        if not resumed:
-            ways.append("a smaller --routing-group")
+        anew = "a smaller --routing-group"
+        if self.data_partitions > ranks and samples % self.routing_group == 0:
+            anew = f"--data-partitions {ranks} or {anew}"
 
         raise UsageError(
             f"{batch} would cut routing groups: expected a multiple of {self.told_groups()}; give"
-            f" {' or '.join(ways)}"
+            f" another {name} or, in a new run, {anew}"
         )
 
     def check_routing_groups(self) -> None:
         """Raise UsageError if a micro-batch would not hold whole routing groups."""
+        if not self.is_default("global_batch_size"):
+            self.check_share(self.global_batch_size // self.data_parallel_size)
+
         told = self.told("micro_batch_size")
         self.refuse_cut_groups(told, self.micro_batch_size, "--micro-batch-size")
+
+    def check_share(self, share: int) -> None:
+        """Raise UsageError if no micro-batch could divide a rank's share of the global batch and
+        hold whole routing groups.
+        """
+        told = f"a rank's share of the global batch, {share} samples,"
+        self.refuse_cut_groups(told, share, "--global-batch-size")
 
     def objective_names(self) -> tuple[str, ...]:
         """Return the losses to train on; raises UsageError for a name other than msm, mrm, itm."""

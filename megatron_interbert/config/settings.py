@@ -30,7 +30,7 @@ class DataSettings(Flags):
     data_partitions: int = setting(
         64,
         "logical partitions of the data, a multiple of the data-parallel size; default: 64, or as"
-        " many as fit",
+        " many as fit samples and routing groups",
         SAME,
         least=1,
         fitted=True,

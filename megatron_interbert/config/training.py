@@ -85,21 +85,26 @@ class TrainConfig(
 
         share = self.global_batch_size // ranks
         if share and self.global_batch_size % ranks == 0:
-            most = min(self.micro_batch_size, share)
             reason = f"a rank's share of {self.told('global_batch_size')} is {share}"
-            self.fit("micro_batch_size", self.largest_micro_batch(most, share), reason)
+            if self.micro_batch_multiple > 1:
+                reason += f", routing groups need a multiple of {self.micro_batch_multiple}"
+            self.fit("micro_batch_size", self.dividing_micro_batch(share), reason)
 
-    def largest_micro_batch(self, most: int, share: int) -> int:
-        """Return the largest micro-batch of up to `most` samples that divides a rank's share.
-
-        If there are larger ones alone that are the multiple that they must be, it is the smallest
-        of them; if there is none, it is no such multiple.
+    def dividing_micro_batch(self, share: int) -> int:
+        """Return the largest micro-batch, up to the default, that divides a rank's share of the
+        global batch; above the default if it must be a multiple of more.
         """
-        sizes = [size for size in range(1, share + 1) if share % size == 0]
-        multiples = [size for size in sizes if size % self.micro_batch_multiple == 0]
-        fitting = [size for size in multiples or sizes if size <= most]
+        multiple = self.micro_batch_multiple
+        if share % multiple:
+            multiple = 1  # and it is refused later
 
-        return max(fitting, default=min(multiples or sizes))
+        parts = share // multiple
+        most = min(max(self.micro_batch_size // multiple, 1), parts)
+
+        return multiple * max(n for n in range(1, most + 1) if parts % n == 0)
+
+    def fit_to_groups(self) -> None:
+        """Fit settings to routing groups, which only pretraining has."""
 
     def fit_partitions(self, samples: int) -> int:
         """Settle into how many partitions `samples` are cut, and return the number.

@@ -269,13 +269,12 @@ def describe_launch(launch: Launch, state: ParallelState, device: torch.device) 
             f"{device} ({name})",
             state.data_rank,
             state.tensor_rank,
-            state.expert_rank,
+            *([state.expert_rank] if state.expert_size > 1 else []),
         )
     )
-    head = (
-        *("rank", "node", "process", "device"),
-        *("data parallel", "tensor parallel", "expert parallel"),
-    )
+    head = ["rank", "node", "process", "device", "data parallel", "tensor parallel"]
+    if state.expert_size > 1:
+        head.append("expert parallel")
 
     return "\n".join([heading(launch, len({row[1] for row in rows})), *aligned([head, *rows])])
 

@@ -23,7 +23,7 @@ class FinetuneConfig(TrainConfig):
     """Hold the settings shared by all finetuning runs."""
 
     GROUP: ClassVar[str] = "data"
-    ELSEWHERE: ClassVar[dict[str, type]] = {"pretrain": RunConfig}
+    ELSEWHERE: ClassVar[dict[str, type]] = {"pretrain takes": RunConfig}
 
     model: str = redefault(
         TrainConfig,
@@ -143,7 +143,10 @@ class EvaluateConfig(LoadConfig):
     """Hold the settings shared by all evaluations."""
 
     GROUP: ClassVar[str] = "data"
-    ELSEWHERE: ClassVar[dict[str, type]] = {"pretrain and finetune": TrainConfig}
+    ELSEWHERE: ClassVar[dict[str, type]] = {
+        "pretrain and finetune take": TrainConfig,
+        "pretrain takes": RunConfig,
+    }
 
     output: str = option(
         "",

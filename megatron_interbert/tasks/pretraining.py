@@ -170,9 +170,14 @@ def mined_negatives(corpus: Corpus) -> list[str]:
 
 
 def config_of_validation(config: RunConfig) -> RunConfig:
-    """Return a copy of the settings for the validation store, which has its own partitions."""
+    """Return a copy of the settings for the validation store, which has its own partitions.
+
+    Evaluations route each token by itself, so no partition has to hold whole routing groups.
+    """
     own = copy.copy(config)
     own.data_epochs = own.data_weights = ""
+    own.capacity_factor = own.balance_coefficient = 0.0
+    own.fitted = config.fitted - {"data_partitions"}
     own.given = config.given - {"data_partitions"}
     own.origins = {name: of for name, of in config.origins.items() if name != "data_partitions"}
     own.notes = []

@@ -182,6 +182,7 @@ def merge(config: TrainConfig, data_parallel_size: int, resumed_batch: int = 0) 
     accumulation = values.get("gradient_accumulation_steps", "auto")
 
     if accumulation != "auto" and config.is_default("global_batch_size"):
+        config.fit_to_groups()
         together = accumulation * config.micro_batch_size * data_parallel_size
         origin = f"gradient_accumulation_steps in {config.deepspeed_config}"
         config.settle("global_batch_size", together, origin)

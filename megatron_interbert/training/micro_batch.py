@@ -206,8 +206,7 @@ def choose_micro_batch(
     state = trial.state
     share = share_of(global_batch, state.data_size)
     if isinstance(trial.config, RunConfig):
-        told = f"a rank's share of {share} samples"
-        trial.config.refuse_cut_groups(told, share, "--global-batch-size")
+        trial.config.check_share(share)
 
     room = memory_of(trial.device) * USED
     rates = measure_rates(trial, make_model, share, room, alive)

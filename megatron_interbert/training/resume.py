@@ -47,7 +47,14 @@ def keep_fitted(config: TrainConfig, state: ParallelState) -> None:
         return
 
     found = together(state, lambda: newest_settings(config) if state.is_main else None)
-    path, before = state.gather(found)[0] or ("", {})
+    take_fitted(config, state.gather(found)[0])
+
+
+def take_fitted(config: TrainConfig, found: tuple[str, dict[str, Any]] | None) -> None:
+    """Take settings fitted to the data from what `newest_settings` found, unless flags give
+    them.
+    """
+    path, before = found or ("", {})
     for name, facts in rows(config):
         if facts.fitted and name in before and config.is_default(name):
             config.settle(name, before[name], path)

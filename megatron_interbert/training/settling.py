@@ -46,6 +46,8 @@ def settle_micro_batch(run: Run, job: Job, plan: ModelPlan, resume: Path | None)
     trial = Trial(config, job, state, run.device, plan.kernels)
     global_batch = config.global_batch_size or resumed_batch(resume)
     before = resumed_micro_batch(resume, global_batch // state.data_size)
+    if before % config.micro_batch_multiple:
+        before = 0
 
     if before and still_fits(trial, before):
         config.settle("micro_batch_size", before, str(resume))

@@ -15,6 +15,7 @@ from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.dry_run import DryRunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.tasks.parts import sizes_of_model
 from megatron_interbert.training.deepspeed_config import merge
 from megatron_interbert.training.micro_batch import layout_of
 from tests.launching import launch
@@ -171,6 +172,22 @@ def test_the_launcher_of_10_b_has_the_best_layout(monkeypatch, tmp_path):
     layout = layout_of(config, 512 // config.tensor_model_parallel_size, Kernels())
     names = ("data", "tensor", "zero_stage", "half", "recompute", "sequence_parallel")
     assert {name: best[name] for name in names} == {name: getattr(layout, name) for name in names}
+
+
+def test_experts_by_flags(tmp_path, monkeypatch, capsys):
+    """Check that the layout found has the experts, and that a run takes it with them."""
+    flags = ("--model", "tiny", "--gpus", 4, "--device", "h100", "--micro-batch-size", 64)
+    run_here(monkeypatch, *flags)
+    dense = capsys.readouterr().out
+    flags = (*flags, "--experts", 8, "--prototypes", 2)
+    run_here(monkeypatch, *flags, "--search", tmp_path / "found")
+    found = capsys.readouterr().out
+    assert found.split(" parameters on")[0] != dense.split(" parameters on")[0]
+
+    config = parse(RunConfig, "", ["--config", str(tmp_path / "found" / "run.yaml")])
+    sizes = sizes_of_model(config)
+    assert (sizes.experts, sizes.prototypes, sizes.share_layers) == (8, 2, False)
+    assert refused(monkeypatch, "--prototypes", 2).startswith("--experts, --prototypes: model: pro")
 
 
 def test_the_advice_for_more_devices_fits(monkeypatch, capsys):

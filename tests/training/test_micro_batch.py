@@ -80,9 +80,7 @@ def test_routing_groups_are_not_cut():
     grouped = Pretended(lambda samples: 0.01, room=100, **groups)
     assert choose(grouped, 192) == 64
     assert grouped.tried == [16, 32, 64]
-    with pytest.raises(
-        UsageError, match=r"share of 40 samples would cut .* multiple of 16 .* --glob"
-    ):
+    with pytest.raises(UsageError, match=r"share of the global batch, 40 samples, would cut .* 16"):
         choose(grouped, 40)
 
 
