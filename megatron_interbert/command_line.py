@@ -1,4 +1,4 @@
-"""Read the command line and YAML into dataclasses of options, and build --help from these."""
+"""Read command lines into dataclasses of options, and build --help from these."""
 
 import argparse
 import dataclasses
@@ -7,25 +7,20 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from megatron_interbert.config.options import (
-    AUTO,
     GROUPS,
     Facts,
     declaring_class,
-    flag,
     nearest,
     rows,
+    spelling,
 )
+from megatron_interbert.config.words import named, reader
+from megatron_interbert.config.yaml_file import read_yaml
 from megatron_interbert.errors import UsageError, run_entry
-from megatron_interbert.reading import read_text
 
-# options that may name a file beside the YAML that sets them
-BESIDE = ("deepspeed_config", "model")
 FLAG = re.compile("--[A-Za-z0-9_-]+")
 RECIPE = "the launcher's recipe"  # origin of settings that the launcher makes and the user does not
 TITLES = {
@@ -132,27 +127,9 @@ def add_flag(group: Any, entry: dataclasses.Field) -> None:
         group.add_argument(old, dest=entry.name, help=argparse.SUPPRESS, **kind)
 
 
-def spelling(name: str, facts: Facts) -> str:
-    """Return how the command line spells a setting."""
-    return name if facts.positional else facts.flag or flag(name)
-
-
 def is_argument(entry: dataclasses.Field) -> bool:
     """Check whether a field is a positional argument."""
     return entry.metadata["facts"].positional
-
-
-def reader(entry: dataclasses.Field) -> Any:
-    """Return the function that reads one word of a flag."""
-    facts: Facts = entry.metadata["facts"]
-    if facts.read:
-        return facts.read
-    if facts.auto:
-        return number_or_auto
-    if facts.choices:
-        return one_of(facts.choices)
-
-    return {int: whole_number, float: number}.get(entry.type, str)
 
 
 def metavar(entry: dataclasses.Field) -> str:
@@ -338,149 +315,3 @@ def help_of_tasks(tasks: Mapping[str, tuple[type, Any]], command: str, example: 
             f"  {command} {example}",
         ]
     )
-
-
-def read_yaml(config_class: type, path: str) -> dict[str, Any]:
-    """Read YAML whose keys are flag names (with `-` or `_`), and check types and choices.
-
-    Raises UsageError that names the file and the key.
-    """
-    text = read_text(path, "--config")
-
-    try:
-        values = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
-        raise UsageError(f"{path}: not valid YAML ({error})") from error
-
-    if not isinstance(values, dict):
-        raise UsageError(
-            f"{path}: holds a {type(values).__name__}, expected flags with their settings, such as"
-            " 'lr: 1e-4'"
-        )
-
-    entries = {entry.name: entry for entry in dataclasses.fields(config_class)}
-    names = {name: name for name in entries}
-    for name, facts in rows(config_class):
-        spellings = (spelling(name, facts), *facts.old_names)
-        names |= {key_of(word): name for word in spellings}
-
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        written = key_of(str(key))
-        if written not in names:
-            raise UsageError(f"{path}: unknown key '{key}'{nearest(written, names)}")
-
-        name = names[written]
-        if name in result:
-            raise UsageError(f"{path}: '{key}' sets {flag(name)} a second time; leave one of them")
-        result[name] = from_yaml(entries[name], value, f"{path}: '{key}'")
-        if name in BESIDE and isinstance(result[name], str):
-            result[name] = beside(path, result[name])
-
-    return result
-
-
-def beside(path: str, name: str) -> str:
-    """Return the path of a JSON file that a YAML names, if it is there beside it; else the name."""
-    found = Path(path).parent / name
-    return str(found) if name.endswith(".json") and found.is_file() else name
-
-
-def key_of(word: str) -> str:
-    """Return the key of a flag in YAML: `data_path` for `--data-path`."""
-    return word.lstrip("-").replace("-", "_")
-
-
-def from_yaml(entry: dataclasses.Field, value: Any, where: str) -> Any:
-    """Convert a setting from YAML; raises UsageError for a wrong type or choice."""
-    facts = entry.metadata["facts"]
-    kind = entry.type
-    if facts.auto and value == "auto":
-        return AUTO
-    if facts.several and not isinstance(value, list):
-        raise UsageError(f"{where} is {value!r}, expected a list")
-    if facts.several or facts.read:
-        words = value if facts.several else [value]
-        try:
-            found = [reader(entry)(str(word)) for word in words]
-        except (ValueError, argparse.ArgumentTypeError) as error:
-            raise UsageError(f"{where}: {error}") from None
-
-        return found if facts.several else found[0]
-
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        value = to_float(value, where)  # YAML 1.1 reads 1e-4 as a string
-    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise UsageError(f"{where} is {value!r}, expected {kind.__name__}")
-    if facts.choices and value not in facts.choices:
-        expected = ", ".join(named(facts.choices))
-        raise UsageError(f"{where} is {value!r}, expected one of {expected}")
-
-    return value
-
-
-def to_float(value: Any, where: str) -> float:
-    """Convert a value from YAML to float; raises UsageError with `where` if it is not a number."""
-    try:
-        return float(value)
-    except ValueError:
-        raise UsageError(f"{where} is {value!r}, expected a number") from None
-
-
-def span(text: str) -> tuple[int, int]:
-    """Read (36, 36) from `36`, and (10, 100) from `10-100`."""
-    low, dash, high = text.partition("-")
-
-    try:
-        found = int(low), int(high if dash else low)
-    except ValueError:
-        found = (0, 0)
-
-    if not 0 < found[0] <= found[1]:
-        raise argparse.ArgumentTypeError(
-            f"'{text}', expected a number above 0, or two from small to large, such as 10-100"
-        )
-
-    return found
-
-
-def number_or_auto(text: str) -> int:
-    """Read 32 from `32`, and AUTO from `auto`."""
-    return AUTO if text == "auto" else whole_number(text, "a whole number or auto")
-
-
-def whole_number(text: str, expected: str = "a whole number") -> int:
-    """Read 32 from `32`."""
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}', expected {expected}") from None
-
-
-def number(text: str) -> float:
-    """Read 0.1 from `0.1` or `1e-1`."""
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}', expected a number") from None
-
-
-def one_of(choices: Sequence[Any]) -> Callable[[str], Any]:
-    """Return a function that reads one of `choices`."""
-
-    def read(text: str) -> Any:
-        for choice in choices:
-            if text == str(choice):
-                return choice
-
-        known = named(choices)
-        raise argparse.ArgumentTypeError(
-            f"'{text}', expected one of {', '.join(known)}{nearest(text, known)}"
-        )
-
-    return read
-
-
-def named(choices: Sequence[Any]) -> list[str]:
-    """Return choices as words, without the empty one that stands for a flag that is not given."""
-    return [str(choice) for choice in choices if choice != ""]

@@ -24,9 +24,10 @@ import deepspeed
 import torch
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
-from megatron_interbert.command_line import parse, span
+from megatron_interbert.command_line import parse
 from megatron_interbert.config.options import AUTO, option
 from megatron_interbert.config.pretraining import RunConfig
+from megatron_interbert.config.words import span
 from megatron_interbert.data.order import MicroBatches, check_partitions
 from megatron_interbert.data.packing import PackedBatch, pack, to_batch
 from megatron_interbert.errors import UsageError, run_entry

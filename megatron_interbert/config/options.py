@@ -230,6 +230,11 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def spelling(name: str, facts: Facts) -> str:
+    """Return how the command line spells a setting."""
+    return name if facts.positional else facts.flag or flag(name)
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ` (did you mean 'X'?)` with the known name nearest to a wrong one, else no text."""
     match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

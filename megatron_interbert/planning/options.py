@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from megatron_interbert.command_line import span
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import ABOVE_0, Flags, flag, option
+from megatron_interbert.config.words import span
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable
 from megatron_interbert.model.presets import (

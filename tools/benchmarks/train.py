@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from megatron_interbert.command_line import span
 from megatron_interbert.config.options import option
+from megatron_interbert.config.words import span
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.errors import TrainingStopped, UsageError
 from megatron_interbert.files import check_writable
