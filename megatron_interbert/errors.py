@@ -162,6 +162,18 @@ def end_report(reports: bool) -> None:
         os._exit(1)
 
 
+def end_rank() -> None:
+    """End a rank of several that has done its work as Python does, but without destructors: those
+    of process groups may abort. Does nothing in a single process.
+    """
+    if number_of("WORLD_SIZE", 1) == 1:
+        return
+
+    threading._shutdown()  # waits for threads
+    atexit._run_exitfuncs()
+    os._exit(0)
+
+
 def say_error(text: str) -> None:
     """Print an error to stderr as one line, with the rank unless it is 0."""
     rank = os.environ.get("RANK", "") if number_of("WORLD_SIZE", 1) > 1 else ""
@@ -200,11 +212,12 @@ def run_entry(main: Callable[[], None], reports: bool = False) -> None:
         end_entry(INTERRUPTED)
     except SystemExit as end:
         end_report(reports)
-        if number_of("WORLD_SIZE", 1) > 1 and not end.code:
-            end_entry(0)  # destructors of process groups may abort
+        if not end.code:
+            end_rank()
         raise
 
     end_report(reports)
+    end_rank()
 
 
 def end_for(error: RunError, code: int) -> NoReturn:

@@ -49,7 +49,10 @@ def run_config(store, **changes):
         clip_grad=1.0,
         dropout=False,
     )
-    return dataclasses.replace(config, **changes)
+    config = dataclasses.replace(config, **changes)
+    config.given.add("data_partitions")
+
+    return config
 
 
 def parts(config, state, streams):
