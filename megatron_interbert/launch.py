@@ -118,8 +118,12 @@ def command(arguments: list[str]) -> list[str]:
     return [*layout, *place, *patience, *arguments]
 
 
+passed_on: set[int] = set()  # signals
+
+
 def pass_on(signal_number: int, frame: object) -> None:
     """Pass a signal on to all ranks of this node; before there are any, end."""
+    passed_on.add(signal_number)
     ranks = psutil.Process().children()
     if not ranks:
         end_at_once(signal_number)
@@ -153,6 +157,8 @@ def run() -> None:
         torchrun(options)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
+        if -failure.exitcode in passed_on:  # before the rank handled signals
+            end_at_once(-failure.exitcode)
         if failure.exitcode < 0:  # unless a signal has killed them
             how = killed_by(-failure.exitcode)
             print(

@@ -16,7 +16,18 @@ import pytest
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.launch import arguments_of
-from tests.launching import ENVIRONMENT, ROOT, TINY, deepspeed, launch, losses, pretrain, train
+from tests.launching import (
+    ENVIRONMENT,
+    ROOT,
+    TINY,
+    deepspeed,
+    launch,
+    losses,
+    pretrain,
+    start,
+    train,
+    until,
+)
 from tests.preparation.hostile import renew
 
 FLAGS = (*TINY, "--train-iters", 3, "--num-workers", 1)
@@ -239,6 +250,18 @@ def test_ctrl_c_during_the_imports_is_no_traceback(command, tmp_path):
         sys.executable, *command, "--help", warm=False, cwd=tmp_path, timeout=30, PYTHONPATH=path
     )
     assert (code, out, err) == (-signal.SIGINT, "", "")
+
+
+def test_a_signal_before_a_rank_handles_it_is_no_failure(tmp_path):
+    """Check a rank that is still importing, as far as its launcher can tell."""
+    script = tmp_path / "slow.py"
+    script.write_text("import time\nopen('started', 'w')\ntime.sleep(60)\n")
+    launcher = start(sys.executable, "-m", "megatron_interbert.launch", script, cwd=tmp_path)
+    until((tmp_path / "started").exists, "the rank has started")
+    launcher.send_signal(signal.SIGUSR1)
+    out, err = launcher.communicate(timeout=60)
+    assert launcher.returncode == 75, out + err
+    assert err == "SIGUSR1: ended; the same command starts again or resumes\n"
 
 
 def test_the_package_leaves_the_signals_of_a_program_that_imports_it_alone(tmp_path):
