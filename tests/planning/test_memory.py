@@ -231,7 +231,8 @@ def check_fused():
     start_processes()
     layout = Layout(zero_stage=0, fused=True)
     # the interpreter is slow
-    sizes = dataclasses.replace(SIZES, interaction_layers=1, image_layers=1, vocab_size=200)
+    one = dict.fromkeys(("interaction_layers", "text_layers", "image_layers"), 1)
+    sizes = dataclasses.replace(SIZES, **one, vocab_size=200)
     kept, _, load = measure(layout, ParallelState(), sizes, samples=2, steps=1)
     ours = activations(sizes, layout, load)[0]
     assert abs(ours / kept - 1) < 0.05, (ours, kept)
