@@ -81,7 +81,7 @@ class Options(Flags):
     )
     experts: int = option(
         0,
-        "turn each MLP of a dense model into this many experts, the loss to 1e-3 the same; 0: no",
+        "turn each MLP of a dense model into this many experts, with the same loss to 1e-3; 0: no",
         least=0,
         group="model",
     )
