@@ -12,6 +12,7 @@ run, bit for bit.
 """
 
 import argparse
+import atexit
 import contextlib
 import json
 import os
@@ -103,6 +104,7 @@ class Life:
         os.dup2(log, 1)
         os.dup2(log, 2)
         sys.argv = ["pretrain", *flags]
+        atexit._clear()  # of the campaign, whose folder a rank would remove at its end
 
         try:
             pretrain.main()
