@@ -171,6 +171,7 @@ def end_rank() -> None:
 
     threading._shutdown()  # waits for threads
     atexit._run_exitfuncs()
+    sys.stdout.flush()
     os._exit(0)
 
 
