@@ -163,7 +163,7 @@ def end_report(reports: bool) -> None:
 
 
 def end_rank() -> None:
-    """End a rank of several that has done its work as Python does, but without destructors: those
+    """End one of several ranks, whose work is done, as Python would, but without destructors: those
     of process groups may abort. Does nothing in a single process.
     """
     if number_of("WORLD_SIZE", 1) == 1:

@@ -1,12 +1,12 @@
 """Hold and check the settings of pretraining runs."""
 
 import math
-import os
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.options import AUTO, FREE, SAME, rows, setting
+from megatron_interbert.config.options import AUTO, FREE, SAME, setting
+from megatron_interbert.config.stores import split_paths
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.errors import UsageError
 
@@ -220,16 +220,3 @@ class RunConfig(TrainConfig):
             )
 
         self.objective_names()
-
-
-def paths_of_stores(config: Any) -> list[str]:
-    """Return the paths of all region stores that a configuration names."""
-    given = (getattr(config, name) for name, facts in rows(config) if facts.names_store)
-    return [path for text in given for path in split_paths(text)]
-
-
-def split_paths(text: str) -> list[str]:
-    """Split `a, b` into [a, b]; keep the text whole if it names a folder itself."""
-    if "," in text and os.path.isdir(text):
-        return [text]
-    return [path.strip() for path in text.split(",") if path.strip()]

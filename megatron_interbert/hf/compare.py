@@ -18,7 +18,7 @@ from megatron_interbert.weights.sources import WeightSource, open_weights
 TOKENS = 12
 REGIONS = 9
 SAMPLES = 3
-ON_ROUTING = ("balance", "router_figures")  # outputs that say how, not what, a model computes
+ON_ROUTING = ("balance", "router_figures")  # statistics beside the outputs
 
 
 def largest_difference(source: WeightSource, kind: str, folder: Path) -> dict[str, float]:

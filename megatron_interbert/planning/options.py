@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from megatron_interbert.config.model import ModelConfig
-from megatron_interbert.config.options import ABOVE_0, Flags, flag, option
+from megatron_interbert.config.options import ABOVE_0, Flags, option, redefault
+from megatron_interbert.config.settings import ModelSettings
 from megatron_interbert.config.words import span
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable
@@ -28,15 +29,9 @@ class Options(Flags):
     GROUP: ClassVar[str] = "model"
 
     model: str = option("base", f"preset ({', '.join(PRESETS)}) or a JSON file of sizes")
-    experts: int = option(
-        0, "experts of each layer, in place of its MLP; 0: as --model says", least=0
-    )
-    prototypes: int = option(
-        0,
-        "groups of experts, in each of which a token goes to one expert; 0: as --model says",
-        least=0,
-    )
-    share_layers: bool = option(False, "all layers of a stack have the same parameters")
+    experts: int = redefault(ModelSettings, "experts", 0)
+    prototypes: int = redefault(ModelSettings, "prototypes", 0)
+    share_layers: bool = redefault(ModelSettings, "share_layers", False)
     words: tuple[int, int] = option(
         (8, 20), "tokens per sample with [CLS] and [SEP], from-to; default: 8-20", read=span
     )
@@ -143,7 +138,7 @@ class Options(Flags):
     def changes_of_model(self) -> dict[str, Any]:
         """Return the flags that change the model, by name, as far as they are given."""
         names = ("experts", "prototypes", "share_layers")
-        return {flag(name)[2:]: getattr(self, name) for name in names if name in self.given}
+        return {name.replace("_", "-"): getattr(self, name) for name in names if name in self.given}
 
     def machine(self) -> Machine | None:
         """Return the device with what flags change of it; None without --device."""

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import ValidationError
 
-from megatron_interbert.config.pretraining import paths_of_stores, split_paths
+from megatron_interbert.config.stores import paths_of_stores, split_paths
 from megatron_interbert.data.integrity import Integrity
 from megatron_interbert.errors import Unreadable, UsageError
 from megatron_interbert.files import check_writable, json_sha256, only_one, sibling

@@ -9,7 +9,7 @@ from typing import Any
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import Flags
-from megatron_interbert.config.pretraining import paths_of_stores, split_paths
+from megatron_interbert.config.stores import paths_of_stores, split_paths
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.integrity import Integrity

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_interbert.config.options import FREE, SAME, option, redefault, setting
-from megatron_interbert.config.pretraining import split_paths
+from megatron_interbert.config.stores import split_paths
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.config import (
     EvaluateConfig,

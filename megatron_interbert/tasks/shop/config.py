@@ -12,7 +12,7 @@ from megatron_interbert.config.options import (
     redefault,
     setting,
 )
-from megatron_interbert.config.pretraining import split_paths
+from megatron_interbert.config.stores import split_paths
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.config import (
     EvaluateConfig,
