@@ -36,7 +36,11 @@ def run_ranks(measure: Measure, ranks: int, *arguments: Any) -> dict[str, Any]:
         if any(process.exitcode for process in processes):
             raise TrainingStopped("a rank ended before it was measured; see its message above")
 
-    return mine.recv()
+    result = mine.recv()
+    for process in processes:
+        process.join()
+
+    return result
 
 
 def be_rank(
