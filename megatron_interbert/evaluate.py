@@ -2,9 +2,6 @@
 deepspeed or torchrun on several ranks.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 from megatron_interbert.command_line import parse_task
 from megatron_interbert.errors import end_at_once, run_entry
 from megatron_interbert.machines.facts import code_fingerprint, library_versions
@@ -14,39 +11,14 @@ from megatron_interbert.parallel.device import this_device
 from megatron_interbert.parallel.launch import read_launch
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.signals import STOPPING, handle_signals
-from megatron_interbert.tasks.config import EvaluateConfig
-from megatron_interbert.tasks.glue.config import EvaluateGlueConfig
-from megatron_interbert.tasks.glue.evaluation import evaluate_glue
 from megatron_interbert.tasks.precision import settle_precision
-from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
-from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
-from megatron_interbert.tasks.shop.config import (
-    EvaluateProductSearchConfig,
-    EvaluateRecommendationConfig,
-    ScoreTopicsConfig,
-)
-from megatron_interbert.tasks.shop.evaluation import (
-    evaluate_product_search,
-    evaluate_recommendation,
-)
-from megatron_interbert.tasks.shop.topic_scores import score_topics
-from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig
-from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
-
-TASKS: dict[str, tuple[type[EvaluateConfig], Callable[..., Any]]] = {
-    "retrieval": (EvaluateRetrievalConfig, evaluate_retrieval),
-    "vcr": (EvaluateVcrConfig, evaluate_vcr),
-    "glue": (EvaluateGlueConfig, evaluate_glue),
-    "product_search": (EvaluateProductSearchConfig, evaluate_product_search),
-    "recommendation": (EvaluateRecommendationConfig, evaluate_recommendation),
-    "topic_scores": (ScoreTopicsConfig, score_topics),
-}
+from megatron_interbert.tasks.registry import EVALUATED
 
 
 def run() -> None:
     """Read `evaluate TASK FLAGS`, start the ranks and evaluate."""
     handle_signals(STOPPING, end_at_once)  # what is finished is on disk
-    config, evaluate = parse_task(TASKS, "retrieval --load RUN --data-path STORE")
+    config, evaluate = parse_task(EVALUATED, "retrieval --load RUN --data-path STORE")
 
     if read_launch().world_size > 1:
         # a single process needs no DeepSpeed

@@ -5,7 +5,7 @@ import errno
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,19 +95,31 @@ def read_text(path: str | Path, what: str) -> str:
         raise UsageError(f"{what}: cannot read {path} ({error.strerror})") from error
 
 
-def read_json(path: str | Path, what: str) -> dict[str, Any]:
-    """Read a JSON object; raises UsageError naming `what` if it is missing or malformed."""
-    text = read_text(path, what)
+def read_json(
+    path: str | Path, what: str, keep: Callable[[dict[str, Any]], Any] | None = None
+) -> dict[str, Any]:
+    """Read a JSON object; raises UsageError naming `what` if it is missing or malformed.
 
-    try:
-        value = json.loads(text, parse_constant=refuse_constant)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
-
+    `keep` replaces each object in the file as soon as it is read, to leave out what would fill the
+    memory.
+    """
+    value = read_json_value(path, what, keep)
     if not isinstance(value, dict):
         raise UsageError(f"{what}: {path} holds a {type(value).__name__}, expected an object")
 
     return value
+
+
+def read_json_value(
+    path: str | Path, what: str, keep: Callable[[dict[str, Any]], Any] | None = None
+) -> Any:
+    """Read a JSON file of any kind of value; see `read_json`."""
+    text = read_text(path, what)
+
+    try:
+        return json.loads(text, parse_constant=refuse_constant, object_hook=keep)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{what}: {path} is not valid JSON ({error})") from error
 
 
 def refuse_constant(name: str) -> None:

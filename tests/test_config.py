@@ -4,7 +4,6 @@ import math
 
 import pytest
 
-from megatron_interbert import evaluate, finetune
 from megatron_interbert.command_line import build_parser, parse, with_dashes
 from megatron_interbert.commands.convert import Options as ConvertOptions
 from megatron_interbert.config.model import ModelConfig, model_config_from_dict
@@ -13,6 +12,7 @@ from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS, load_model_config
 from megatron_interbert.tasks.pretraining import config_of_validation
+from megatron_interbert.tasks.registry import EVALUATED, FINETUNED
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig, RetrievalConfig
 from megatron_interbert.training.deepspeed_config import merge
 
@@ -248,8 +248,8 @@ def test_dropouts_that_no_model_can_have(value):
         model_config_from_dict({"hidden_dropout": value}, "sizes.json")
 
 
-TRAINED = [RunConfig, *(config for config, _ in finetune.TASKS.values())]
-USED = [config for config, _ in evaluate.TASKS.values()]
+TRAINED = [RunConfig, *(config for config, _ in FINETUNED.values())]
+USED = [config for config, _ in EVALUATED.values()]
 
 
 @pytest.mark.parametrize("config", TRAINED)

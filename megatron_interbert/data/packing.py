@@ -34,6 +34,16 @@ class Example:
     sample_id: int = 0
 
 
+def no_indexes() -> torch.Tensor:
+    """Return an empty tensor of indexes, int64 [0]."""
+    return torch.zeros(0, dtype=torch.int64)
+
+
+def no_scores() -> torch.Tensor:
+    """Return an empty tensor of scores, float32 [0]."""
+    return torch.zeros(0)
+
+
 @dataclass
 class PackedBatch:
     """Hold a batch; see the legend above. Indexes are int64, offsets int32, features float16 as
@@ -64,16 +74,23 @@ class PackedBatch:
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
     # the right answers of a downstream task
-    labels: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
-    pair_text: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
-    )  # [P] text and image sample of each pair to judge;
-    pair_image: torch.Tensor = field(
-        default_factory=lambda: torch.zeros(0, dtype=torch.int64)
-    )  # if empty, pair i is the text and image of sample i
+    labels: torch.Tensor = field(default_factory=no_indexes)
+    # [labels] for a task with several answers to a sample: the sample and the score of each
+    label_owner: torch.Tensor = field(default_factory=no_indexes)
+    label_scores: torch.Tensor = field(default_factory=no_scores)
+    # [C] image tokens of the regions that samples choose among, in the order of the samples, the
+    # sample of each, and how right it is
+    candidates: torch.Tensor = field(default_factory=no_indexes)
+    candidate_owner: torch.Tensor = field(default_factory=no_indexes)
+    candidate_scores: torch.Tensor = field(default_factory=no_scores)
+    # [P] text and image sample of each pair to judge; if empty, pair i is the text and image of
+    # sample i
+    pair_text: torch.Tensor = field(default_factory=no_indexes)
+    pair_image: torch.Tensor = field(default_factory=no_indexes)
     # [Q, I] for a batch whose last Q * I pairs are Q texts with each of I images: True for images
     # that a text must not choose
     no_choice: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
+    head: str = ""  # the downstream task whose head the batch is for
     max_text: int = 0  # most tokens of a text, of an image, and of both together in a sample
     max_image: int = 0
     max_joint: int = 0
@@ -154,7 +171,7 @@ def image_locations(layout: dict[str, np.ndarray | int], regions: np.ndarray) ->
     return locations
 
 
-def to_batch(fields: dict[str, np.ndarray | int]) -> PackedBatch:
+def to_batch(fields: dict[str, np.ndarray | int | str]) -> PackedBatch:
     """Build a PackedBatch from arrays by field name, without copying them."""
     return PackedBatch(
         **{

@@ -9,7 +9,7 @@ from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate
 
-Fields = dict[str, np.ndarray | int]  # of a PackedBatch
+Fields = dict[str, np.ndarray | int | str]  # of a PackedBatch
 
 
 class TrainingSet(Protocol):

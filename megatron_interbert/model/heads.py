@@ -1,4 +1,8 @@
-"""Build the heads on top of the streams: masked words, masked regions, sentences, and poolers."""
+"""Build the heads on top of the streams: masked words, masked regions, sentences, downstream tasks,
+and poolers.
+"""
+
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -91,6 +95,57 @@ class SentenceHead(nn.Module):
 
     def forward(self, first: torch.Tensor) -> torch.Tensor:
         return self.output(F.dropout(torch.tanh(self.dense(first)), self.dropout, self.training))
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """Describe the head of a downstream task.
+
+    "answers" tells `outputs` classes apart by the fused vectors of `images` images; "regions" gives
+    each region that a sample may choose a score.
+    """
+
+    kind: str
+    outputs: int = 1
+    images: int = 1
+
+    def build(self, config: ModelConfig) -> nn.Module:
+        """Build the head."""
+        if self.kind == "regions":
+            return RegionScores(config)
+        return AnswerHead(config, self.images, self.outputs)
+
+
+class AnswerHead(nn.Module):
+    """Classify fused vectors by Linear, GELU, LayerNorm, Linear: [B * images, P] -> [B, outputs].
+
+    The layer between is twice as wide as the model, as in the heads for VQA of LXMERT, UNITER and
+    VOLTA.
+    """
+
+    def __init__(self, config: ModelConfig, images: int, outputs: int) -> None:
+        super().__init__()
+        self.inputs = images * config.pooled_size
+        width = 2 * config.hidden_size
+        self.dense = nn.Linear(self.inputs, width)
+        self.norm = nn.LayerNorm(width, config.layer_norm_eps)
+        self.output = nn.Linear(width, outputs)
+
+    def forward(self, fused: torch.Tensor) -> torch.Tensor:
+        rows = fused.numel() // self.inputs
+        return self.output(self.norm(F.gelu(self.dense(fused.reshape(rows, self.inputs)))))
+
+
+class RegionScores(nn.Module):
+    """Score regions by their states in the image stream, by dropout and Linear: [C, H] -> [C]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.output = nn.Linear(config.hidden_size, 1)
+        self.dropout = config.image_hidden_dropout
+
+    def forward(self, regions: torch.Tensor) -> torch.Tensor:
+        return self.output(F.dropout(regions, self.dropout, self.training)).squeeze(1)
 
 
 class Pooler(nn.Module):

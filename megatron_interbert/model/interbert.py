@@ -5,9 +5,9 @@ Legend: B samples, Nt text tokens, Ni image tokens, H hidden size, P pooled size
 words and regions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,14 @@ from megatron_interbert.kernels.gather import gather_rows
 from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
 from megatron_interbert.model.experts import Experts
-from megatron_interbert.model.heads import Pooler, RegionHead, SentenceHead, WordHead
+from megatron_interbert.model.heads import (
+    Pooler,
+    RegionHead,
+    RegionScores,
+    SentenceHead,
+    TaskHead,
+    WordHead,
+)
 from megatron_interbert.model.partition import mark_shards
 from megatron_interbert.model.router import RouterReport
 from megatron_interbert.model.routing_groups import RoutingRule
@@ -51,6 +58,9 @@ class InterBertOutput(NamedTuple):
     itm_logits: torch.Tensor | None = None
     choice_logit: torch.Tensor | None = None  # [B, 1]
     sentence_logits: torch.Tensor | None = None  # [B, labels]
+    # of the head of each downstream task: [B, outputs], or [C] for one that scores regions; 0 rows
+    # for tasks that the batch is not for
+    task_outputs: dict[str, torch.Tensor] | None = None
     # of each layer with experts, in the order of use: see RouterReport
     balance: torch.Tensor | None = None  # [layers]
     router_figures: torch.Tensor | None = None  # [layers, experts + 4]
@@ -97,7 +107,8 @@ def build_stack(
 
 
 class InterBert(nn.Module):
-    """Build the whole model, with any heads of msm, mrm, itm, choice, sentence (of `num_labels`).
+    """Build the whole model, with any heads of msm, mrm, itm, choice, sentence (of `num_labels`),
+    and those of downstream tasks by name.
 
     Parameters are uninitialised until drawn or loaded. `text_only` builds the text path alone:
     BERT's topology. `rule` limits and balances the load of experts in training.
@@ -115,6 +126,7 @@ class InterBert(nn.Module):
         rule: RoutingRule | None = None,
         num_labels: int = 2,
         text_only: bool = False,
+        task_heads: Mapping[str, TaskHead] | None = None,
     ) -> None:
         super().__init__()
         state = state or ParallelState()
@@ -154,6 +166,10 @@ class InterBert(nn.Module):
             self.choice_head = nn.Linear(config.pooled_size, 1)
         if "sentence" in heads:
             self.sentence_head = SentenceHead(config, num_labels)
+        if task_heads:
+            self.task_heads = nn.ModuleDict(
+                {name: head.build(config) for name, head in task_heads.items()}
+            )
 
         mark_shards(self)
 
@@ -173,16 +189,20 @@ class InterBert(nn.Module):
             batch.text_offsets[:-1].long(),
             words if hasattr(self, "msm_head") else words[:0],
         ]
-        image_rows = [batch.summary_rows, regions if hasattr(self, "mrm_head") else regions[:0]]
+        image_rows = [
+            batch.summary_rows,
+            regions if hasattr(self, "mrm_head") else regions[:0],
+            batch.candidates,
+        ]
         read = None if everything else (torch.cat(text_rows), torch.cat(image_rows))
         text, image, reports = self.encode(batch, read)
 
         if everything:
             first, words = (text.index_select(0, rows) for rows in text_rows)
-            summaries, regions = (image.index_select(0, rows) for rows in image_rows)
+            summaries, regions, candidates = (image.index_select(0, rows) for rows in image_rows)
         else:
             first, words = text.split([len(rows) for rows in text_rows])
-            summaries, regions = image.split([len(rows) for rows in image_rows])
+            summaries, regions, candidates = image.split([len(rows) for rows in image_rows])
 
         pooled_text = self.text_pooler(first) if hasattr(self, "text_pooler") else None
         imageless = not len(summaries)
@@ -208,20 +228,24 @@ class InterBert(nn.Module):
             found["sentence_logits"] = self.sentence_head(first).float()
         if pooled_image is not None:
             paired = pooled_text[:0] if imageless else pooled_text
-            found |= self._judge_pairs(paired, pooled_image, batch)
+            found |= self._judge_pairs(paired, pooled_image, candidates, batch)
 
         states = (text, image) if everything else (None, None)
 
         return InterBertOutput(*states, pooled_text, pooled_image, **found)
 
     def _judge_pairs(
-        self, pooled_text: torch.Tensor, pooled_image: torch.Tensor, batch: PackedBatch
-    ) -> dict[str, torch.Tensor]:
+        self,
+        pooled_text: torch.Tensor,
+        pooled_image: torch.Tensor,
+        candidates: torch.Tensor,
+        batch: PackedBatch,
+    ) -> dict[str, Any]:
         """Return the logits [B, ..] of the heads that judge a text with an image, for each sample
-        or for the pairs that the batch lists.
+        or for the pairs that the batch lists, and those of regions to choose among [C, H].
         """
-        found = {}
-        if not hasattr(self, "itm_head") and not hasattr(self, "choice_head"):
+        found: dict[str, Any] = {}
+        if not any(hasattr(self, name) for name in ("itm_head", "choice_head", "task_heads")):
             return found
 
         if len(batch.pair_text):
@@ -234,8 +258,23 @@ class InterBert(nn.Module):
             found["itm_logits"] = self.itm_head(fused).float()
         if hasattr(self, "choice_head"):
             found["choice_logit"] = self.choice_head(fused).float()
+        if hasattr(self, "task_heads"):
+            found["task_outputs"] = self._task_outputs(fused, candidates, batch.head)
 
         return found
+
+    def _task_outputs(
+        self, fused: torch.Tensor, candidates: torch.Tensor, task: str
+    ) -> dict[str, torch.Tensor]:
+        """Return the outputs of all task heads. Those of other tasks compute them for 0 rows, so
+        that their parameters get a gradient of zeros on every layout.
+        """
+        outputs = {}
+        for name, head in self.task_heads.items():
+            states = candidates if isinstance(head, RegionScores) else fused
+            outputs[name] = head(states if name == task else states[:0]).float()
+
+        return outputs
 
     def encode(
         self, batch: PackedBatch, read: tuple[torch.Tensor, torch.Tensor] | None = None

@@ -35,6 +35,7 @@ TABLE = [
     (r"(msm|mrm)_head\.transform\..*", "replicated"),
     (r"mrm_head\.decoder\..*", "replicated"),
     (r"(itm|choice|sentence)_head\..*", "replicated"),
+    (r"task_heads\..*", "replicated"),
     (r"official_extra\..*", "replicated"),  # foreign heads, carried along by conversions
 ]
 

@@ -4,7 +4,7 @@ parallel layout, region stores and the vocabulary.
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,12 +39,14 @@ def load_model(
     state: ParallelState | None = None,
     averaged: bool = False,
     precision: str = "fp32",
+    options_of: Callable[[WeightSource], dict[str, Any]] | None = None,
     **options: Any,
 ) -> tuple[InterBert, WeightSource]:
     """Load a model in evaluation mode, in the given precision, and return it with the source of its
     weights.
 
-    A run's folder stands for its best checkpoint, else its newest. `options` go to InterBert.
+    A run's folder stands for its best checkpoint, else its newest. `options` go to InterBert, and
+    so do those that follow from the source by `options_of`.
     """
     if not load:
         raise UsageError("--load is missing; give a run's folder or a checkpoint")
@@ -64,6 +66,9 @@ def load_model(
     if state.is_main:
         for note in source.notes:
             print(note, file=sys.stderr, flush=True)
+
+    if options_of is not None:
+        options |= options_of(source)
 
     source.facts.setdefault(
         "files", {path.name: file_sha256(path) for path in weight_files(source.path)}

@@ -22,6 +22,13 @@ MEANING = {
 }
 
 
+def heads_of(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the heads of a model that judge samples."""
+    yield from (getattr(model, name) for name in HEADS if hasattr(model, name))
+    if hasattr(model, "task_heads"):
+        yield from model.task_heads.values()
+
+
 @dataclass(frozen=True)
 class Precision:
     """Hold a precision (fp32, tf32 or bf16), and the reason if it is not the one asked for."""
@@ -47,12 +54,10 @@ class Precision:
             return model
 
         model.bfloat16()
-        for name in HEADS:
-            if hasattr(model, name):
-                head = getattr(model, name).float()
-                head.register_forward_pre_hook(
-                    lambda head, inputs: tuple(value.float() for value in inputs)
-                )
+        for head in heads_of(model):
+            head.float().register_forward_pre_hook(
+                lambda head, inputs: tuple(value.float() for value in inputs)
+            )
 
         return model
 

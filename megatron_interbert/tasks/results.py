@@ -4,7 +4,7 @@ format the table that is printed from it.
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,19 @@ from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import WeightSource
 
-# Published metrics of the official model, shown beside ours only if --benchmark says that the data
-# are the same.
-OFFICIAL = {
-    ("flickr30k", "finetuned"): {"t2i_R@1": 61.9, "t2i_R@5": 87.1, "t2i_R@10": 92.7},
-    ("flickr30k", "zero-shot"): {"t2i_R@1": 49.2, "t2i_R@5": 77.6, "t2i_R@10": 86.0},
-    ("vcr", "finetuned"): {"q_a": 73.1, "qa_r": 74.8, "q_ar": 54.9},
-}
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+    """Hold the figures of a model, by the names of ours, on some part of a benchmark's data, and
+    where they are published.
+    """
+
+    benchmark: str
+    model: str
+    figures: Mapping[str, float]
+    source: str
+    part: str = ""
+    protocol: str = "finetuned"
 
 
 def result_of(
@@ -32,22 +38,25 @@ def result_of(
     source: WeightSource,
     corpus: Corpus | None,
     files: Sequence[str] = (),
+    published: Sequence[Published] = (),
     **more: Any,
 ) -> dict[str, Any]:
     """Return the record of an evaluation, for result.json.
 
-    `metrics` are flat; `files` determine the samples, besides the stores of `corpus`; `more` is
-    added as it is.
+    `metrics` are flat; `files` determine the samples, besides the stores of `corpus`. Of what is
+    `published`, that of --benchmark is kept, which says that the data are the same; `more` is added
+    as it is.
     """
     manifests = [store.manifest for store in corpus.stores] if corpus else []
-    official = OFFICIAL.get((getattr(config, "benchmark", ""), protocol), {})
+    asked = getattr(config, "benchmark", ""), protocol
+    beside = [dataclasses.asdict(p) for p in published if (p.benchmark, p.protocol) == asked]
 
     return {
         "task": config.TASK,
         "protocol": protocol,
         "precision": config.precision,
         "metrics": metrics,
-        **({"official": official} if official else {}),
+        **({"published": beside} if beside else {}),
         **more,
         "checkpoint": {
             "path": str(source.path),
@@ -103,13 +112,27 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the metrics as a table, one per line, with the official ones beside them if known."""
-    official = result.get("official", {})
-    lines = [f"{'':<22}{'ours':>9}" + (f"{'official':>10}" if official else "")]
+    """Return the metrics as a table, one per line, with published ones beside them and where these
+    come from.
+    """
+    published = result.get("published", [])
+    labels = {name: name if name.endswith("rank") else f"{name} %" for name in result["metrics"]}
+    first = max(21, *map(len, labels.values())) + 1
+    widths = [max(len(peer["model"]), 6) + 2 for peer in published]
+    heads = "".join(
+        f"{peer['model']:>{width}}" for peer, width in zip(published, widths, strict=True)
+    )
+    lines = [f"{'':<{first}}{'ours':>9}{heads}"]
 
     for name, value in result["metrics"].items():
-        beside = f"{official[name]:>10.1f}" if name in official else ""
-        label = name if name.endswith("rank") else f"{name} %"
-        lines.append(f"{label:<22}{value:>9.2f}{beside}")
+        row = f"{labels[name]:<{first}}{value:>9.2f}"
+        for peer, width in zip(published, widths, strict=True):
+            figure = peer["figures"].get(name)
+            row += f"{'' if figure is None else f'{figure:.2f}':>{width}}"
+        lines.append(row.rstrip())
+
+    for peer in published:
+        part = f", {peer['part']}" if peer["part"] else ""
+        lines.append(f"{peer['model']}{part}: {peer['source']}")
 
     return "\n".join(lines)

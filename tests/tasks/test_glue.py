@@ -22,8 +22,9 @@ from megatron_interbert.tasks.glue.job import (
     predict,
     prediction_lines,
 )
-from megatron_interbert.tasks.glue.samples import FORMATS, GlueTexts, find_file, read_rows
+from megatron_interbert.tasks.glue.samples import FORMATS, find_file, read_rows
 from megatron_interbert.tasks.pairs import frame
+from megatron_interbert.tasks.texts import FramedTexts
 from megatron_interbert.training.first_weights import load_initial_weights
 from tests.corpus import VOCABULARY
 from tests.model.test_bert import CONFIG
@@ -244,7 +245,7 @@ def test_same_logits_as_bert(bert, tmp_path, tokenizer):
     rows = read_rows(
         write(tmp_path / "m.tsv", "index\tsentence1\tsentence2\tgold_label", *lines), "MNLI"
     )
-    inputs = GlueTexts(rows, tokenizer, 24)
+    inputs = FramedTexts(rows.texts, tokenizer, 24)
     assert len(set(inputs.lengths())) > 5
     assert inputs.lengths().tolist() == [len(ids) for ids, _ in inputs.inputs(range(39))]
 

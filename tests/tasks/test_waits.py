@@ -17,12 +17,13 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.glue import job as glue
-from megatron_interbert.tasks.glue.samples import GlueTexts, read_rows
+from megatron_interbert.tasks.glue.samples import read_rows
 from megatron_interbert.tasks.retrieval.job import score_matrix
 from megatron_interbert.tasks.retrieval.tiles import ScoreTiles, fill
 from megatron_interbert.tasks.retrieval.two_stage import two_stage_search
 from megatron_interbert.tasks.shop.catalogue import Catalogue
 from megatron_interbert.tasks.shop.scorer import ItemScorer
+from megatron_interbert.tasks.texts import FramedTexts
 from megatron_interbert.tasks.vcr import job as vcr
 from megatron_interbert.tasks.vcr.samples import VcrImages, VcrTexts, read_questions
 from tests.corpus import VOCABULARY, write_store
@@ -160,7 +161,7 @@ def test_sentences_are_fetched_once(tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text("\n".join(VOCABULARY) + "\n")
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\n" + "the cat runs\t1\na tree\t0\n" * 5)
     rows = read_rows(str(tmp_path / "dev.tsv"), "SST-2")
-    texts = GlueTexts(rows, CaptionTokenizer(str(tmp_path / "vocab.txt")), 12)
+    texts = FramedTexts(rows.texts, CaptionTokenizer(str(tmp_path / "vocab.txt")), 12)
     model = make("sentence", num_labels=2, text_only=True)
     passes = []
     model.register_forward_hook(lambda *call: passes.append(call))

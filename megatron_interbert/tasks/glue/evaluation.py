@@ -11,10 +11,11 @@ from megatron_interbert.files import write_text
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.glue.config import EvaluateGlueConfig
 from megatron_interbert.tasks.glue.job import glue_metrics, labels_of, predict, prediction_lines
-from megatron_interbert.tasks.glue.samples import FORMATS, GlueRows, GlueTexts, find_file, read_rows
+from megatron_interbert.tasks.glue.samples import FORMATS, GlueRows, find_file, read_rows
 from megatron_interbert.tasks.loading import agree_on_inputs, as_trained, load_model, open_for
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import result_of, table, write_result
+from megatron_interbert.tasks.texts import FramedTexts
 from megatron_interbert.weights.sources import WeightSource
 
 
@@ -53,7 +54,7 @@ def evaluate_glue(
     for file, name in zip(files, names, strict=True):
         rows = read_rows(file, config.task)
         dropped[name] = rows.dropped
-        texts = GlueTexts(rows, tokenizer, config.max_tokens)
+        texts = FramedTexts(rows.texts, tokenizer, config.max_tokens)
         logits = predict(model, texts, state, device, config.batch_size)
         if len(rows.labels):
             found = glue_metrics(config.task, logits, rows.labels)

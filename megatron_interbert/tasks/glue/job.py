@@ -18,13 +18,13 @@ from megatron_interbert.tasks.glue.samples import (
     FORMATS,
     GlueRows,
     GlueSet,
-    GlueTexts,
     find_file,
     read_rows,
 )
 from megatron_interbert.tasks.pairs import NOTHING, pair_fields
 from megatron_interbert.tasks.parts import describe_data, fitted_sizes, vocabulary_of_run
 from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.texts import FramedTexts
 
 METRICS = {
     "CoLA": ("matthews",),
@@ -72,7 +72,7 @@ def glue_job(config: GlueConfig, state: ParallelState) -> Job:
             flush=True,
         )
 
-    texts = GlueTexts(valid, tokenizer, config.max_tokens)
+    texts = FramedTexts(valid.texts, tokenizer, config.max_tokens)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         return glue_metrics(
@@ -101,7 +101,11 @@ def labels_of(task: str) -> int:
 
 @torch.no_grad()
 def predict(
-    model: InterBert, texts: GlueTexts, state: ParallelState, device: torch.device, batch_size: int
+    model: InterBert,
+    texts: FramedTexts,
+    state: ParallelState,
+    device: torch.device,
+    batch_size: int,
 ) -> np.ndarray:
     """Return the logits of all rows in file order, float32 [n, labels].
 

@@ -13,12 +13,13 @@ import numpy as np
 
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate, plain_memory
-from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
+from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.glue.config import GlueConfig
-from megatron_interbert.tasks.pairs import NOTHING, Text, frame, pair_fields
+from megatron_interbert.tasks.pairs import NOTHING, pair_fields
+from megatron_interbert.tasks.texts import FramedTexts
 
 YES_NO = ("0", "1")
 ENTAILS = ("entailment", "not_entailment")
@@ -178,37 +179,6 @@ def _label(text: str, format: Format, path: str, number: int) -> float:
         raise UsageError(f"{path}: line {number}: score '{text}', expected a number") from None
 
 
-class GlueTexts:
-    """Hold the tokens of all rows of a file, tokenised once; `inputs` frames some of them."""
-
-    def __init__(self, rows: GlueRows, tokenizer: CaptionTokenizer, max_tokens: int) -> None:
-        self.tokenizer = tokenizer
-        self.max_tokens = max_tokens
-        self.count = len(rows.texts)
-        self.parts: list[TokenBatch] = [
-            tokenizer.encode_batch(list(texts)) for texts in zip(*rows.texts, strict=True)
-        ]
-
-    def lengths(self) -> np.ndarray:
-        """Return the length of each row in tokens, int64 [n], with [CLS] and [SEP], cut to
-        `max_tokens`.
-        """
-        return np.minimum(
-            sum(np.diff(part.offsets) for part in self.parts) + 1 + len(self.parts), self.max_tokens
-        )
-
-    def inputs(self, rows: Sequence[int]) -> list[Text]:
-        """Return (ids, types) of some rows: [CLS] a [SEP] with types 0, then b [SEP] with types
-        1.
-        """
-        result = []
-        for row in rows:
-            pieces = [part.ids[part.offsets[row] : part.offsets[row + 1]] for part in self.parts]
-            result.append(frame(pieces, self.tokenizer, self.max_tokens))
-
-        return result
-
-
 class GlueSet:
     """Hold the training rows of a task and their order."""
 
@@ -220,7 +190,7 @@ class GlueSet:
         self.config = config
         self.labels = rows.labels
         self.feature_dim = feature_dim
-        self.texts = GlueTexts(rows, tokenizer, config.max_tokens)
+        self.texts = FramedTexts(rows.texts, tokenizer, config.max_tokens)
         samples = np.arange(len(rows.texts))
         self.order = SampleOrder(
             [samples],

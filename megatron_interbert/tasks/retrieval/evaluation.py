@@ -23,7 +23,7 @@ from megatron_interbert.tasks.loading import (
     open_for,
 )
 from megatron_interbert.tasks.parts import fit_length
-from megatron_interbert.tasks.results import result_of, table, write_result
+from megatron_interbert.tasks.results import Published, result_of, table, write_result
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
 from megatron_interbert.tasks.retrieval.job import (
     choose_pairs,
@@ -39,6 +39,24 @@ from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import WeightSource
 
 SHOWN = 40  # captions on the page
+AUTHORS = "README of the authors' code, black4321/InterBERT"
+PUBLISHED = (
+    Published(
+        "flickr30k",
+        "InterBERT",
+        {"t2i_R@1": 61.9, "t2i_R@5": 87.1, "t2i_R@10": 92.7},
+        AUTHORS,
+        "test",
+    ),
+    Published(
+        "flickr30k",
+        "InterBERT",
+        {"t2i_R@1": 49.2, "t2i_R@5": 77.6, "t2i_R@10": 86.0},
+        AUTHORS,
+        "test",
+        "zero-shot",
+    ),
+)
 
 
 def evaluate_retrieval(
@@ -86,7 +104,7 @@ def evaluate_retrieval(
         more["two_stage"] = {"reranked": min(config.two_stage, len(pairs.images)), **found}
 
     protocol = protocol_of(config, source)
-    result = result_of(config, protocol, metrics, source, corpus, **more)
+    result = result_of(config, protocol, metrics, source, corpus, published=PUBLISHED, **more)
     if state.is_main:
         write_result(folder, result)
         if tiles is not None:

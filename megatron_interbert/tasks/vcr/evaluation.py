@@ -20,7 +20,7 @@ from megatron_interbert.tasks.loading import (
     open_for,
 )
 from megatron_interbert.tasks.parts import fit_length
-from megatron_interbert.tasks.results import result_of, table, write_result
+from megatron_interbert.tasks.results import Published, result_of, table, write_result
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig
 from megatron_interbert.tasks.vcr.job import (
     check_labels,
@@ -31,6 +31,15 @@ from megatron_interbert.tasks.vcr.job import (
 )
 from megatron_interbert.tasks.vcr.page import result_page
 from megatron_interbert.tasks.vcr.samples import Question, VcrImages, VcrTexts, read_questions
+
+PUBLISHED = (
+    Published(
+        "vcr",
+        "InterBERT",
+        {"q_a": 73.1, "qa_r": 74.8, "q_ar": 54.9},
+        "README of the authors' code, black4321/InterBERT",
+    ),
+)
 
 
 def evaluate_vcr(
@@ -78,7 +87,7 @@ def evaluate_vcr(
         metrics = vcr_metrics(items, answers, given_right)
 
     more = {"questions": len(items), "dropped": dict(questions.dropped)}
-    result = result_of(config, "finetuned", metrics, source, corpus, files[1:], **more)
+    result = result_of(config, "finetuned", metrics, source, corpus, files[1:], PUBLISHED, **more)
     if state.is_main:
         write_result(folder, result)
         print(table(result) if metrics else "the annotations have no labels: no metrics computed")

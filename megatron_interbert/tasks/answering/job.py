@@ -1,0 +1,168 @@
+"""Build the job that finetunes on a task which chooses one of fixed answers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.heads import TaskHead
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.answering.config import AnswerConfig
+from megatron_interbert.tasks.answering.prediction import Predictions, predict
+from megatron_interbert.tasks.answering.records import Record, Records
+from megatron_interbert.tasks.answering.samples import AnswerSamples, AnswerSet, Targets
+from megatron_interbert.tasks.answering.task import AnswerTask
+from megatron_interbert.tasks.answering.vocabulary import AnswerList
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
+from megatron_interbert.tasks.task import Job
+
+Metrics = Callable[[Sequence[Record], Sequence[str]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Answering:
+    """Describe a task that chooses one of fixed answers.
+
+    `soft`: a sample may have several right answers, each with a score. `images`: how many a sample
+    has, and `side_by_side` whether it shows them as one. `metrics` computes the task's figures in
+    percent from records and the answers given to them; `figures` are the names that are always
+    among them, the main one first.
+    """
+
+    name: str
+    metrics: Metrics
+    figures: tuple[str, ...] = ("accuracy",)
+    soft: bool = False
+    images: int = 1
+    side_by_side: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Return the batch rows of a sample."""
+        return 1 if self.side_by_side else self.images
+
+    def head(self, answers: AnswerList) -> TaskHead:
+        """Return the head for some answers."""
+        return TaskHead("answers", len(answers), self.rows)
+
+    def record(self, answers: AnswerList) -> dict[str, object]:
+        """Return what a checkpoint keeps of the head."""
+        return {"answers": list(answers.answers), "rows": self.rows}
+
+    def figures_of(
+        self, records: Records, predictions: Predictions, answers: AnswerList
+    ) -> dict[str, float]:
+        """Return the figures of predictions."""
+        given = [answers[number] for number in predictions.numbers[:, 0]]
+        return self.metrics(records.items, given)
+
+
+@dataclass
+class Opened:
+    """Hold what finetuning on a task has opened: images, vocabulary, and the model's sizes."""
+
+    corpus: Corpus
+    tokenizer: CaptionTokenizer
+    sizes: ModelConfig
+
+
+def open_run(config: AnswerConfig) -> Opened:
+    """Open the stores and the vocabulary of a finetuning."""
+    corpus = open_stores(config.stores(), config)
+    tokenizer = vocabulary_of_run(config, config.stores())
+    return Opened(corpus, tokenizer, fitted_sizes(config, tokenizer, corpus))
+
+
+def open_valid(config: AnswerConfig, corpus: Corpus) -> Corpus:
+    """Open the stores of the validation images, by default those of the training images."""
+    if not config.valid_data_path:
+        return corpus
+
+    valid = open_stores(config.valid_stores(), config)
+    corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
+    return valid
+
+
+def answer_job(
+    task: Answering,
+    config: AnswerConfig,
+    state: ParallelState,
+    opened: Opened,
+    answers: AnswerList,
+    records: Records,
+    files: Sequence[str],
+    valid: tuple[Records, Corpus] | None = None,
+) -> Job:
+    """Build the job that trains on `records`, which `files` determine, and evaluates on `valid`.
+
+    Raises UsageError if a sample has no answers, or if the head could give none of them.
+    """
+    if not records.labelled:
+        raise UsageError(f"{records.files}: samples without answers cannot be trained on")
+
+    targets = Targets(records, answers)
+    say_samples(state, records, targets)
+    prepare = (opened.tokenizer, config.max_tokens, config.max_regions, task.side_by_side)
+    samples = AnswerSamples(task.name, records, opened.corpus, *prepare)
+    data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
+    data["heads"] = {task.name: task.record(answers)}
+
+    job = Job(
+        AnswerTask(task.name, task.rows, task.soft),
+        AnswerSet(samples, targets, config),
+        opened.sizes,
+        (),
+        data,
+        opened.tokenizer.vocab_file,
+        model_options={"task_heads": {task.name: task.head(answers)}},
+        metric=config.metric or task.figures[0],
+        figures=task.figures,
+        patience=config.early_stopping,
+    )
+    if valid is None:
+        return job
+
+    judged, valid_corpus = valid
+    if state.is_main:
+        print(judged.report(), flush=True)
+    if not judged.labelled:
+        raise UsageError(f"{judged.files}: samples without answers cannot be evaluated on")
+
+    shown = AnswerSamples(task.name, judged, valid_corpus, *prepare)
+
+    def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
+        size = config.eval_batch_size
+        return task.figures_of(
+            judged, predict(model, shown, task.soft, state, device, size), answers
+        )
+
+    job.evaluate = evaluate
+
+    return job
+
+
+def say_samples(state: ParallelState, records: Records, targets: Targets) -> None:
+    """Print how many samples there are, and how many have no answer that the head can give; raises
+    UsageError if none has one.
+    """
+    if targets.without == len(records):
+        raise UsageError(
+            f"{records.files}: none of the answers is among those that the head can give; give the"
+            " list of answers of these files"
+        )
+
+    beyond = ""
+    if targets.without:
+        beyond = f"; {targets.without} have no answer that the head can give"
+    if state.is_main:
+        print(f"{records.report()}{beyond}", flush=True)

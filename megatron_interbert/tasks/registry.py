@@ -1,0 +1,68 @@
+"""List the tasks that `finetune` and `evaluate` know, a row each."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_interbert.tasks.config import EvaluateConfig, FinetuneConfig
+from megatron_interbert.tasks.glue.config import EvaluateGlueConfig, GlueConfig
+from megatron_interbert.tasks.glue.evaluation import evaluate_glue
+from megatron_interbert.tasks.glue.job import glue_job
+from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig, RetrievalConfig
+from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
+from megatron_interbert.tasks.retrieval.job import retrieval_job
+from megatron_interbert.tasks.shop.config import (
+    EvaluateProductSearchConfig,
+    EvaluateRecommendationConfig,
+    ProductSearchConfig,
+    RecommendationConfig,
+    ScoreTopicsConfig,
+)
+from megatron_interbert.tasks.shop.evaluation import (
+    evaluate_product_search,
+    evaluate_recommendation,
+)
+from megatron_interbert.tasks.shop.search import product_search_job
+from megatron_interbert.tasks.shop.topic_scores import score_topics
+from megatron_interbert.tasks.shop.topics import recommendation_job
+from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig, VcrConfig
+from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
+from megatron_interbert.tasks.vcr.job import vcr_job
+from megatron_interbert.tasks.vqa.config import EvaluateVqaConfig, VqaConfig
+from megatron_interbert.tasks.vqa.evaluation import evaluate_vqa
+from megatron_interbert.tasks.vqa.job import vqa_job
+
+
+@dataclass(frozen=True)
+class Row:
+    """Hold the flags of a task's finetuning, what makes its job, the flags of its evaluation, and
+    what runs that; a task may be only evaluated.
+    """
+
+    evaluate_config: type[EvaluateConfig]
+    evaluate: Callable[..., Any]
+    config: type[FinetuneConfig] | None = None
+    make_job: Callable[..., Any] | None = None
+
+
+REGISTRY = {
+    "retrieval": Row(EvaluateRetrievalConfig, evaluate_retrieval, RetrievalConfig, retrieval_job),
+    "vcr": Row(EvaluateVcrConfig, evaluate_vcr, VcrConfig, vcr_job),
+    "vqa": Row(EvaluateVqaConfig, evaluate_vqa, VqaConfig, vqa_job),
+    "glue": Row(EvaluateGlueConfig, evaluate_glue, GlueConfig, glue_job),
+    "product_search": Row(
+        EvaluateProductSearchConfig,
+        evaluate_product_search,
+        ProductSearchConfig,
+        product_search_job,
+    ),
+    "recommendation": Row(
+        EvaluateRecommendationConfig,
+        evaluate_recommendation,
+        RecommendationConfig,
+        recommendation_job,
+    ),
+    "topic_scores": Row(ScoreTopicsConfig, score_topics),
+}
+FINETUNED = {name: (row.config, row.make_job) for name, row in REGISTRY.items() if row.config}
+EVALUATED = {name: (row.evaluate_config, row.evaluate) for name, row in REGISTRY.items()}

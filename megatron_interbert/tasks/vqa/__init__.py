@@ -1,0 +1,1 @@
+"""Finetune and evaluate visual question answering (VQA v2): config, samples, job, evaluation."""
