@@ -316,6 +316,12 @@ def check_same_model(
             " --save, and start from its weights by --init-from"
         )
 
+    if manifest["data"].get("heads") != data.get("heads"):
+        raise UsageError(
+            f"{where}: made with other answers to choose from; give the same files, or another"
+            " --save and these weights by --init-from"
+        )
+
     if manifest["data"]["vocabulary"] != data["vocabulary"]:
         raise UsageError(
             f"{where}: made with another vocabulary; give that vocabulary by --vocab-file"

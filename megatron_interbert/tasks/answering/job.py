@@ -141,10 +141,8 @@ def answer_job(
     shown = AnswerSamples(task.name, judged, valid_corpus, *prepare)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
-        size = config.eval_batch_size
-        return task.figures_of(
-            judged, predict(model, shown, task.soft, state, device, size), answers
-        )
+        predictions = predict(model, shown, task.soft, state, device, config.eval_batch_size)
+        return task.figures_of(judged, predictions, answers)
 
     job.evaluate = evaluate
 

@@ -1,4 +1,4 @@
-"""Render the page of an evaluation: samples with their images, the best answers and the right ones."""
+"""Render the page of an evaluation: samples, their images, and the best and right answers."""
 
 from pathlib import Path
 from typing import Any

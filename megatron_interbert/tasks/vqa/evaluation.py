@@ -12,17 +12,13 @@ from megatron_interbert.tasks.vqa.config import EvaluateVqaConfig
 from megatron_interbert.tasks.vqa.job import VQA, submission
 from megatron_interbert.tasks.vqa.samples import read_questions
 
+VOLTA = "e-bug/volta, MODELS.md"
+OSCAR = "microsoft/Oscar, MODEL_ZOO.md"
 PUBLISHED = (
-    Published(
-        "vqa-v2", "UNITER (VOLTA)", {"accuracy": 68.67}, "e-bug/volta, MODELS.md", "test-dev"
-    ),
-    Published(
-        "vqa-v2", "ViLBERT (VOLTA)", {"accuracy": 68.97}, "e-bug/volta, MODELS.md", "test-dev"
-    ),
+    Published("vqa-v2", "VOLTA UNITER", {"accuracy": 68.67}, VOLTA, "test-dev"),
+    Published("vqa-v2", "VOLTA ViLBERT", {"accuracy": 68.97}, VOLTA, "test-dev"),
     Published("vqa-v2", "LXMERT", {"accuracy": 72.42}, "airsplay/lxmert, README.md", "test-dev"),
-    Published(
-        "vqa-v2", "Oscar-B", {"accuracy": 73.44}, "microsoft/Oscar, MODEL_ZOO.md", "test-standard"
-    ),
+    Published("vqa-v2", "Oscar-B", {"accuracy": 73.44}, OSCAR, "test-standard"),
 )
 
 
