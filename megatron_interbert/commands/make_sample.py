@@ -12,6 +12,7 @@ from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import Flags, option
 from megatron_interbert.files import check_writable
 from megatron_interbert.sample.corpus import World, write_questions, write_split
+from megatron_interbert.sample.field.world import write_world
 
 TWO = "a mismatched pair needs another image"
 
@@ -28,6 +29,11 @@ class Options(Flags):
     noise: float = option(0.3, "noise of the features, against prototypes of norm 1 per entry")
     seed: int = option(0, "the same seed gives the same corpus", least=0)
     vcr: bool = option(False, "also write a question about each scene in the format of VCR to vcr/")
+    tasks: bool = option(
+        False,
+        "also write other scenes to tasks/, with annotations in the formats of VQA, GQA, NLVR2 and"
+        " more",
+    )
 
 
 def run(options: Options) -> None:
@@ -40,6 +46,8 @@ def run(options: Options) -> None:
         write_split(world, folder, split, scenes, options.seed)
         if options.vcr:
             write_questions(world, folder, split, scenes, options.seed)
+        if options.tasks:
+            write_world(world, folder / "tasks", split, scenes, options.seed)
 
     print(
         f"generated corpus in {options.output}: {options.train_scenes} training and"

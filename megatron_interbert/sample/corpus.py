@@ -127,6 +127,11 @@ WORDS = [
     "scene",
     "on",
 ]
+TASK_WORDS = [  # of the generated tasks (sample/field)
+    *("no", "not", "yes", "are", "have", "has", "one", "two", "three", "thing", "things", "same"),
+    *("different", "colour", "colours", "?", "how", "many", "what", "which", "it", "image"),
+    *("images", "contains", "more", "than", "that"),
+]
 NAMES = list(OBJECTS)
 COLOUR_NAMES = list(COLOURS)
 PLACE_NAMES = list(PLACES)
@@ -281,6 +286,7 @@ def vocabulary() -> list[str]:
                 *(f"##{c}" for c in letters),
                 *words,
                 *characters,
+                *TASK_WORDS,
             ]
         )
     )
