@@ -1,4 +1,4 @@
-"""Read JSON Lines files: one JSON object per line."""
+"""Read JSON Lines files, one JSON object per line, and check entries of JSON files."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -8,13 +8,14 @@ from typing import Any
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_text
 
+Kind = type | tuple[type, ...]
 NO_OTHERS: Mapping[str, str] = MappingProxyType({})
 
 
 def read_records(
     path: str,
     flag: str,
-    keys: Mapping[str, type | tuple[type, ...]],
+    keys: Mapping[str, Kind],
     other_names: Mapping[str, str] = NO_OTHERS,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (`PATH: line N`, record) for each line that is not empty; keys with `other_names` get
@@ -50,19 +51,28 @@ def read_records(
             if other in record:
                 record.setdefault(key, record.pop(other))
 
-        for key, kind in keys.items():
-            if key not in record:
-                raise UsageError(
-                    f"{where} has no '{key}'; {flag} needs {', '.join(keys)} on each line"
-                )
+        missing = next((key for key in keys if key not in record), None)
+        if missing is not None:
+            raise UsageError(
+                f"{where} has no '{missing}'; {flag} needs {', '.join(keys)} on each line"
+            )
 
-            if not isinstance(record[key], kind) or isinstance(record[key], bool):
-                names = " or ".join(
-                    k.__name__ for k in (kind if isinstance(kind, tuple) else (kind,))
-                )
-                raise UsageError(
-                    f"{where}: '{key}' is {json.dumps(record[key], ensure_ascii=False)[:60]},"
-                    f" expected {names}"
-                )
-
+        check_entry(record, keys, where)
         yield where, record
+
+
+def check_entry(entry: Any, keys: Mapping[str, Kind], where: str) -> None:
+    """Raise UsageError unless an entry of a file is an object with these keys and kinds."""
+    if not isinstance(entry, dict):
+        raise UsageError(f"{where} is not a JSON object")
+
+    for key, kind in keys.items():
+        if key not in entry:
+            raise UsageError(f"{where} has no '{key}'")
+
+        value = entry[key]
+        if not isinstance(value, kind) or isinstance(value, bool):
+            kinds = kind if isinstance(kind, tuple) else (kind,)
+            names = " or ".join(k.__name__ for k in kinds)
+            shown = json.dumps(value, ensure_ascii=False)[:60]
+            raise UsageError(f"{where}: '{key}' is {shown}, expected {names}")

@@ -8,6 +8,12 @@ from megatron_interbert.tasks.config import EvaluateConfig, FinetuneConfig
 from megatron_interbert.tasks.glue.config import EvaluateGlueConfig, GlueConfig
 from megatron_interbert.tasks.glue.evaluation import evaluate_glue
 from megatron_interbert.tasks.glue.job import glue_job
+from megatron_interbert.tasks.gqa.config import EvaluateGqaConfig, GqaConfig
+from megatron_interbert.tasks.gqa.evaluation import evaluate_gqa
+from megatron_interbert.tasks.gqa.job import gqa_job
+from megatron_interbert.tasks.nlvr2.config import EvaluateNlvr2Config, Nlvr2Config
+from megatron_interbert.tasks.nlvr2.evaluation import evaluate_nlvr2
+from megatron_interbert.tasks.nlvr2.job import nlvr2_job
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig, RetrievalConfig
 from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
 from megatron_interbert.tasks.retrieval.job import retrieval_job
@@ -25,12 +31,21 @@ from megatron_interbert.tasks.shop.evaluation import (
 from megatron_interbert.tasks.shop.search import product_search_job
 from megatron_interbert.tasks.shop.topic_scores import score_topics
 from megatron_interbert.tasks.shop.topics import recommendation_job
+from megatron_interbert.tasks.snli_ve.config import EvaluateSnliVeConfig, SnliVeConfig
+from megatron_interbert.tasks.snli_ve.evaluation import evaluate_snli_ve
+from megatron_interbert.tasks.snli_ve.job import snli_ve_job
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig, VcrConfig
 from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
 from megatron_interbert.tasks.vcr.job import vcr_job
 from megatron_interbert.tasks.vqa.config import EvaluateVqaConfig, VqaConfig
 from megatron_interbert.tasks.vqa.evaluation import evaluate_vqa
 from megatron_interbert.tasks.vqa.job import vqa_job
+from megatron_interbert.tasks.vqa.visual_genome import (
+    EvaluateVgqaConfig,
+    VgqaConfig,
+    evaluate_vgqa,
+    vgqa_job,
+)
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,10 @@ REGISTRY = {
     "retrieval": Row(EvaluateRetrievalConfig, evaluate_retrieval, RetrievalConfig, retrieval_job),
     "vcr": Row(EvaluateVcrConfig, evaluate_vcr, VcrConfig, vcr_job),
     "vqa": Row(EvaluateVqaConfig, evaluate_vqa, VqaConfig, vqa_job),
+    "gqa": Row(EvaluateGqaConfig, evaluate_gqa, GqaConfig, gqa_job),
+    "vgqa": Row(EvaluateVgqaConfig, evaluate_vgqa, VgqaConfig, vgqa_job),
+    "nlvr2": Row(EvaluateNlvr2Config, evaluate_nlvr2, Nlvr2Config, nlvr2_job),
+    "snli_ve": Row(EvaluateSnliVeConfig, evaluate_snli_ve, SnliVeConfig, snli_ve_job),
     "glue": Row(EvaluateGlueConfig, evaluate_glue, GlueConfig, glue_job),
     "product_search": Row(
         EvaluateProductSearchConfig,

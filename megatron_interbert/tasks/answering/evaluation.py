@@ -1,6 +1,7 @@
 """Evaluate a task that chooses one of fixed answers: figures, a page, a file for the server."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,9 @@ def evaluate_answers(
         config.precision,
         options_of=lambda source: {"task_heads": {task.name: head_of(task, source)}},
     )
-    answers = AnswerList(record_of(task, source)["answers"])
+    kept = record_of(task, source)
+    answers = AnswerList(kept["answers"])
+    task = replace(task, side_by_side=kept["rows"] < task.images)
     as_trained(config, source, task.name)
     corpus, tokenizer = open_for(config, source, config.stores())
     fit_length(config, source.config)
@@ -130,16 +133,8 @@ def record_of(task: Answering, source: WeightSource) -> dict[str, Any]:
 
 
 def head_of(task: Answering, source: WeightSource) -> TaskHead:
-    """Return the head of a task as a checkpoint has it; raises UsageError if it has none, or one
-    for images that are shown in another way.
-    """
+    """Return the head of a task as a checkpoint has it; raises UsageError if it has none."""
     record = record_of(task, source)
-    if record["rows"] != task.rows:
-        raise UsageError(
-            f"--load {source.path}: its head reads {record['rows']} rows of a sample, this"
-            f" evaluation makes {task.rows}; show the images as they were in training"
-        )
-
     return TaskHead("answers", len(record["answers"]), record["rows"])
 
 

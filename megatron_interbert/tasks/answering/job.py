@@ -142,7 +142,8 @@ def answer_job(
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         predictions = predict(model, shown, task.soft, state, device, config.eval_batch_size)
-        return task.figures_of(judged, predictions, answers)
+        found = task.figures_of(judged, predictions, answers)
+        return {name: found[name] for name in task.figures}
 
     job.evaluate = evaluate
 

@@ -116,3 +116,13 @@ def judged(
             yield entry, ("", "")
         else:
             yield None, (entry.id, "its image is not in the region store")
+
+
+def refuse_repeated(records: Sequence[Record | tuple[str, str]], files: str) -> None:
+    """Raise UsageError if two records have one id, which answers could not tell apart."""
+    seen: set[str] = set()
+    for record in records:
+        name = record.id if isinstance(record, Record) else record[0]
+        if name in seen:
+            raise UsageError(f"{files}: {name} is there twice; give each file once")
+        seen.add(name)

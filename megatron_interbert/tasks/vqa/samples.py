@@ -8,8 +8,14 @@ from typing import Any
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json
-from megatron_interbert.tasks.answering.records import Record, Records, place_records
+from megatron_interbert.tasks.answering.records import (
+    Record,
+    Records,
+    place_records,
+    refuse_repeated,
+)
 from megatron_interbert.tasks.image_finder import coco_name
+from megatron_interbert.tasks.records import check_entry
 from megatron_interbert.tasks.vqa.answers import normalise_answer, soft_scores
 
 COCO = "mscoco"
@@ -129,26 +135,3 @@ def main_answers(paths: Sequence[str]) -> Counter[str]:
                 counts[Counter(said).most_common(1)[0][0]] += 1
 
     return counts
-
-
-def check_entry(entry: Any, keys: dict[str, Any], where: str) -> None:
-    """Raise UsageError unless an entry of a list is an object with these keys and kinds."""
-    if not isinstance(entry, dict):
-        raise UsageError(f"{where} is not a JSON object")
-
-    for key, kind in keys.items():
-        value = entry.get(key)
-        if not isinstance(value, kind) or isinstance(value, bool):
-            kinds = kind if isinstance(kind, tuple) else (kind,)
-            names = " or ".join(k.__name__ for k in kinds)
-            raise UsageError(f"{where}: '{key}' is {value!r:.60}, expected {names}")
-
-
-def refuse_repeated(records: Sequence[Record | tuple[str, str]], files: str) -> None:
-    """Raise UsageError if two records have one id, which answers could not tell apart."""
-    seen: set[str] = set()
-    for record in records:
-        name = record.id if isinstance(record, Record) else record[0]
-        if name in seen:
-            raise UsageError(f"{files}: {name} is there twice; give each file once")
-        seen.add(name)

@@ -1,0 +1,1 @@
+"""Finetune and evaluate GQA: config, samples, job with its metrics, evaluation."""

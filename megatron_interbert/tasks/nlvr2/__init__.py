@@ -1,0 +1,1 @@
+"""Finetune and evaluate NLVR2: config, samples, job with its metrics, evaluation."""

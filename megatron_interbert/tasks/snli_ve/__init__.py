@@ -1,0 +1,1 @@
+"""Finetune and evaluate SNLI-VE: config, samples, job, evaluation."""
