@@ -46,8 +46,10 @@ def run(options: Options) -> None:
         write_split(world, folder, split, scenes, options.seed)
         if options.vcr:
             write_questions(world, folder, split, scenes, options.seed)
-        if options.tasks:
-            write_world(world, folder / "tasks", split, scenes, options.seed)
+
+    if options.tasks:
+        sizes = {"train": options.train_scenes, "test": options.test_scenes}
+        write_world(world, folder / "tasks", sizes, options.seed)
 
     print(
         f"generated corpus in {options.output}: {options.train_scenes} training and"

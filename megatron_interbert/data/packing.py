@@ -78,10 +78,11 @@ class PackedBatch:
     # [labels] for a task with several answers to a sample: the sample and the score of each
     label_owner: torch.Tensor = field(default_factory=no_indexes)
     label_scores: torch.Tensor = field(default_factory=no_scores)
-    # [C] image tokens of the regions that samples choose among, in the order of the samples, the
-    # sample of each, and how right it is
+    # [C] image tokens of the regions that samples choose among, the sample of each, its place among
+    # that sample's, and how right it is
     candidates: torch.Tensor = field(default_factory=no_indexes)
     candidate_owner: torch.Tensor = field(default_factory=no_indexes)
+    candidate_place: torch.Tensor = field(default_factory=no_indexes)
     candidate_scores: torch.Tensor = field(default_factory=no_scores)
     # [P] text and image sample of each pair to judge; if empty, pair i is the text and image of
     # sample i
@@ -94,6 +95,7 @@ class PackedBatch:
     max_text: int = 0  # most tokens of a text, of an image, and of both together in a sample
     max_image: int = 0
     max_joint: int = 0
+    max_candidates: int = 0
 
     def __len__(self) -> int:
         return len(self.text_offsets) - 1

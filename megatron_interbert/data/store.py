@@ -233,6 +233,15 @@ class RegionStore:
 
         return sizes
 
+    def image_size(self, index: int) -> tuple[float, float]:
+        """Return the width and height of an image in pixels."""
+        number, row = self.locate(index)
+        self.forget_foreign_handles()
+        with self._lock:
+            width, height = self.open_shard(number).sizes[row]
+
+        return float(width), float(height)
+
     def label_width(self) -> int:
         """Return the number of entries of a soft label, the same in all shards."""
         # manifests of older stores do not give it

@@ -38,6 +38,12 @@ def shown_ids(corpus: Corpus, images: Sequence[int]) -> list[str]:
     return found
 
 
+def image_size(corpus: Corpus, image: int) -> tuple[float, float]:
+    """Return the width and height of an image of a corpus in pixels."""
+    store, number = store_of(corpus, image)
+    return corpus.stores[store].image_size(number)
+
+
 def store_of(corpus: Corpus, image: int) -> tuple[int, int]:
     """Return (which store, number within it) of an image of a corpus."""
     store = next(n for n, first in enumerate(corpus.first_image[1:]) if image < first)

@@ -165,5 +165,8 @@ def validation_digest(config: TrainConfig) -> str:
 def content_of(value: Any) -> str:
     """Return the hashes of the stores or files that a flag names; its text if it names none."""
     paths = [Path(path) for path in split_paths(value)] if isinstance(value, str) else []
+    if not paths or not all(path.exists() for path in paths):
+        return str(value)
+
     named = [path / MANIFEST if path.is_dir() else path for path in paths]
-    return " ".join(map(file_sha256, named)) if named else str(value)
+    return " ".join(map(file_sha256, named))

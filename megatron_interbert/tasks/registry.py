@@ -14,6 +14,9 @@ from megatron_interbert.tasks.gqa.job import gqa_job
 from megatron_interbert.tasks.nlvr2.config import EvaluateNlvr2Config, Nlvr2Config
 from megatron_interbert.tasks.nlvr2.evaluation import evaluate_nlvr2
 from megatron_interbert.tasks.nlvr2.job import nlvr2_job
+from megatron_interbert.tasks.refcoco.config import EvaluateRefcocoConfig, RefcocoConfig
+from megatron_interbert.tasks.refcoco.evaluation import evaluate_refcoco
+from megatron_interbert.tasks.refcoco.job import refcoco_job
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig, RetrievalConfig
 from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
 from megatron_interbert.tasks.retrieval.job import retrieval_job
@@ -68,6 +71,7 @@ REGISTRY = {
     "vgqa": Row(EvaluateVgqaConfig, evaluate_vgqa, VgqaConfig, vgqa_job),
     "nlvr2": Row(EvaluateNlvr2Config, evaluate_nlvr2, Nlvr2Config, nlvr2_job),
     "snli_ve": Row(EvaluateSnliVeConfig, evaluate_snli_ve, SnliVeConfig, snli_ve_job),
+    "refcoco": Row(EvaluateRefcocoConfig, evaluate_refcoco, RefcocoConfig, refcoco_job),
     "glue": Row(EvaluateGlueConfig, evaluate_glue, GlueConfig, glue_job),
     "product_search": Row(
         EvaluateProductSearchConfig,

@@ -1,5 +1,6 @@
 """Write everything that a generated world of tasks consists of."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -8,28 +9,46 @@ from megatron_interbert.progress import progress
 from megatron_interbert.sample.corpus import World
 from megatron_interbert.sample.field.gqa import write_gqa, write_vgqa
 from megatron_interbert.sample.field.nlvr2 import write_nlvr2
-from megatron_interbert.sample.field.scenes import draw_scene, write_scenes
+from megatron_interbert.sample.field.refcoco import write_refcoco
+from megatron_interbert.sample.field.scenes import TaskScene, draw_scene, write_scenes
 from megatron_interbert.sample.field.snli_ve import write_snli_ve
 from megatron_interbert.sample.field.vqa import write_vqa
 
 FIRST_IMAGE = {"train": 1_000_000, "test": 2_000_000}
 WRITERS = {"vqa": write_vqa, "gqa": write_gqa, "vgqa": write_vgqa, "snli_ve": write_snli_ve}
+# what tasks call the splits
+OTHER_NAMES = {
+    "nlvr2": {"train": "train", "test": "dev"},
+    "refcoco": {"train": "train", "test": "val"},
+}
 PAIRS = 4  # scenes for each couple of scenes of NLVR2
 
 
-def write_world(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
-    """Write the stores of a split, SPLIT and SPLIT_boxes, and its annotations for each task."""
+def write_world(world: World, folder: Path, sizes: Mapping[str, int], seed: int) -> None:
+    """Write the stores of each split, SPLIT and SPLIT_boxes, with so many scenes, and annotations
+    for each task.
+    """
+    drawn = {split: draw_scenes(world, split, count, seed) for split, count in sizes.items()}
+
+    for split, scenes in drawn.items():
+        named = ((str(image), scene) for image, scene in scenes.items())
+        shown = progress(named, total=len(scenes), desc=f"{split} scenes of tasks", unit="scene")
+        write_scenes(world, folder / split, seed, iter(shown))
+
+        for task, write in WRITERS.items():
+            write(folder / task, split, scenes, seed)
+
+        sets = max(len(scenes) // PAIRS, 1)
+        write_nlvr2(world, folder / "nlvr2", OTHER_NAMES["nlvr2"][split], sets, seed)
+
+    by_name = {OTHER_NAMES["refcoco"][split]: scenes for split, scenes in drawn.items()}
+    write_refcoco(folder / "refcoco", by_name, seed)
+
+
+def draw_scenes(world: World, split: str, count: int, seed: int) -> dict[int, TaskScene]:
+    """Draw the scenes of a split, by image number."""
     first = FIRST_IMAGE[split]
-    drawn = {
+    return {
         first + number: draw_scene(world, np.random.default_rng([seed, 26, first, number]))
-        for number in range(scenes)
+        for number in range(count)
     }
-    named = ((str(image), scene) for image, scene in drawn.items())
-    shown = progress(named, total=scenes, desc=f"{split} scenes of tasks", unit="scene")
-    write_scenes(world, folder / split, seed, iter(shown))
-
-    for task, write in WRITERS.items():
-        write(folder / task, split, drawn, seed)
-
-    of_pairs = {"train": "train", "test": "dev"}[split]
-    write_nlvr2(world, folder / "nlvr2", of_pairs, max(scenes // PAIRS, 1), seed)

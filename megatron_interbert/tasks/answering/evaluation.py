@@ -9,7 +9,6 @@ import torch
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
-from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.pages.photo_folder import photos_in
@@ -19,9 +18,10 @@ from megatron_interbert.tasks.answering.config import EvaluateAnswersConfig
 from megatron_interbert.tasks.answering.job import Answering
 from megatron_interbert.tasks.answering.page import result_page
 from megatron_interbert.tasks.answering.prediction import Predictions, predict
-from megatron_interbert.tasks.answering.records import Record, Records
+from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.samples import AnswerSamples
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
+from megatron_interbert.tasks.kept_heads import kept_head
 from megatron_interbert.tasks.loading import (
     agree_on_inputs,
     as_trained,
@@ -30,6 +30,7 @@ from megatron_interbert.tasks.loading import (
     open_for,
 )
 from megatron_interbert.tasks.parts import fit_length
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.results import Published, result_of, table, write_result
 from megatron_interbert.weights.sources import WeightSource
 
@@ -68,7 +69,7 @@ def evaluate_answers(
         config.precision,
         options_of=lambda source: {"task_heads": {task.name: head_of(task, source)}},
     )
-    kept = record_of(task, source)
+    kept = kept_head(task.name, source)
     answers = AnswerList(kept["answers"])
     task = replace(task, side_by_side=kept["rows"] < task.images)
     as_trained(config, source, task.name)
@@ -116,25 +117,9 @@ def evaluate_answers(
     return result
 
 
-def record_of(task: Answering, source: WeightSource) -> dict[str, Any]:
-    """Return what a checkpoint has kept of the head of a task.
-
-    Raises UsageError if it has none.
-    """
-    heads = source.facts.get("heads") or {}
-    if task.name not in heads:
-        had = f"heads for {', '.join(heads)}" if heads else "no head of a task"
-        raise UsageError(
-            f"--load {source.path}: has {had}; finetune it first: interbert finetune {task.name}"
-            f" --init-from {source.path}"
-        )
-
-    return heads[task.name]
-
-
 def head_of(task: Answering, source: WeightSource) -> TaskHead:
     """Return the head of a task as a checkpoint has it; raises UsageError if it has none."""
-    record = record_of(task, source)
+    record = kept_head(task.name, source)
     return TaskHead("answers", len(record["answers"]), record["rows"])
 
 

@@ -14,7 +14,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.answering.config import AnswerConfig
 from megatron_interbert.tasks.answering.prediction import Predictions, predict
-from megatron_interbert.tasks.answering.records import Record, Records
+from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.samples import AnswerSamples, AnswerSet, Targets
 from megatron_interbert.tasks.answering.task import AnswerTask
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
@@ -24,6 +24,7 @@ from megatron_interbert.tasks.parts import (
     open_stores,
     vocabulary_of_run,
 )
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
 
 Metrics = Callable[[Sequence[Record], Sequence[str]], dict[str, float]]

@@ -11,9 +11,10 @@ from megatron_interbert.pages.drawing import draw_image
 from megatron_interbert.pages.photo_folder import PhotoFolder
 from megatron_interbert.pages.templates import render
 from megatron_interbert.tasks.answering.prediction import Predictions
-from megatron_interbert.tasks.answering.records import Record, Records
+from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
 from megatron_interbert.tasks.image_finder import store_of
+from megatron_interbert.tasks.placing import Records
 
 TEMPLATE = Path(__file__).with_name("page.html")
 
@@ -53,7 +54,13 @@ def result_page(
             }
         )
 
-    return render(TEMPLATE, result=result, samples=shown, symbols=symbols.values())
+    return render(
+        TEMPLATE,
+        result=result,
+        peers=result.get("published", []),
+        samples=shown,
+        symbols=symbols.values(),
+    )
 
 
 def options_of(record: Record, given: list[str], shares: list[float]) -> list[dict[str, Any]]:

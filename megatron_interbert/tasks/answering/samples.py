@@ -10,9 +10,9 @@ from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.data.region_batch import Allocate, RegionBatch, plain_memory, read_regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
-from megatron_interbert.tasks.answering.records import Records
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
 from megatron_interbert.tasks.pairs import pair_fields
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.texts import FramedTexts
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from megatron_interbert.config.stores import split_paths
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.answering.job import Answering, answer_job, open_run, open_valid
-from megatron_interbert.tasks.answering.records import Record, Records
+from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.vocabulary import (
     AnswerList,
     frequent_answers,
@@ -16,6 +16,7 @@ from megatron_interbert.tasks.answering.vocabulary import (
 from megatron_interbert.tasks.gqa.config import GqaConfig
 from megatron_interbert.tasks.gqa.metrics import gqa_metrics
 from megatron_interbert.tasks.gqa.samples import read_questions
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
 
 GQA = Answering("gqa", gqa_metrics, ("accuracy", "binary", "open"), soft=True)

@@ -7,12 +7,8 @@ from typing import Any
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json
-from megatron_interbert.tasks.answering.records import (
-    Record,
-    Records,
-    place_records,
-    refuse_repeated,
-)
+from megatron_interbert.tasks.answering.records import Record, place_in
+from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.records import check_entry
 
 KEYS = {"imageId": (str, int), "question": str}
@@ -56,9 +52,8 @@ def read_questions(
     ]
     if balanced and not records:
         raise UsageError(f"--balanced: no question of {', '.join(paths)} is balanced")
-    refuse_repeated(records, ", ".join(paths))
 
-    return place_records(", ".join(paths), records, corpus, whole)
+    return place_in(corpus, ", ".join(paths), records, whole)
 
 
 def entries_of(path: str) -> list[tuple[str, dict[str, Any]]]:
@@ -93,7 +88,7 @@ def steps_of(operations: Sequence[Any]) -> int:
     return sum(not any(name in text for name in NO_STEPS) for text in texts)
 
 
-def record_of(number: str, entry: dict[str, Any]) -> Record | tuple[str, str]:
+def record_of(number: str, entry: dict[str, Any]) -> Record | Rejected:
     """Return a question as a record, or (id, reason) if it cannot be used.
 
     Answers are never normalised: the official evaluation compares them to the letter.

@@ -5,12 +5,8 @@ from typing import Any
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.errors import UsageError
-from megatron_interbert.tasks.answering.records import (
-    Record,
-    Records,
-    place_records,
-    refuse_repeated,
-)
+from megatron_interbert.tasks.answering.records import Record, place_in
+from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.records import read_records
 
 CLASSES = ("False", "True")
@@ -34,12 +30,11 @@ def read_statements(paths: Sequence[str], corpus: Corpus, whole: bool = False) -
         for path in paths
         for where, record in read_records(path, "--annotations", keys)
     ]
-    refuse_repeated(records, ", ".join(paths))
 
-    return place_records(", ".join(paths), records, corpus, whole)
+    return place_in(corpus, ", ".join(paths), records, whole)
 
 
-def record_of(entry: dict[str, Any], where: str) -> Record | tuple[str, str]:
+def record_of(entry: dict[str, Any], where: str) -> Record | Rejected:
     """Return a statement as a record, or (id, reason) if it cannot be used."""
     name = entry["identifier"]
     parts = name.split("-")

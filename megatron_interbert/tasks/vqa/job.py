@@ -11,12 +11,13 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.answering.job import Answering, answer_job, open_run, open_valid
-from megatron_interbert.tasks.answering.records import Record, Records
+from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.vocabulary import (
     AnswerList,
     frequent_answers,
     read_answers,
 )
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.vqa.answers import official_accuracy
 from megatron_interbert.tasks.vqa.config import VqaConfig

@@ -8,13 +8,9 @@ from typing import Any
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json
-from megatron_interbert.tasks.answering.records import (
-    Record,
-    Records,
-    place_records,
-    refuse_repeated,
-)
+from megatron_interbert.tasks.answering.records import Record, place_in
 from megatron_interbert.tasks.image_finder import coco_name
+from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.records import check_entry
 from megatron_interbert.tasks.vqa.answers import normalise_answer, soft_scores
 
@@ -53,9 +49,8 @@ def read_questions(
         for path in questions
         for entry, name in entries_of(path)
     ]
-    refuse_repeated(records, ", ".join(questions))
 
-    return place_records(", ".join(questions), records, corpus, whole)
+    return place_in(corpus, ", ".join(questions), records, whole)
 
 
 def entries_of(path: str) -> Iterator[tuple[dict[str, Any], str]]:
@@ -78,7 +73,7 @@ def entries_of(path: str) -> Iterator[tuple[dict[str, Any], str]]:
 
 def record_of(
     entry: dict[str, Any], image: str, answered: dict[int, VqaFacts] | None
-) -> Record | tuple[str, str]:
+) -> Record | Rejected:
     """Return a question as a record, or (id, reason) if it cannot be used."""
     number = entry["question_id"]
     if not entry["question"].strip():

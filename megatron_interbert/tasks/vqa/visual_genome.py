@@ -24,17 +24,13 @@ from megatron_interbert.tasks.answering.config import (
 )
 from megatron_interbert.tasks.answering.evaluation import evaluate_answers
 from megatron_interbert.tasks.answering.job import Answering, answer_job, open_run, open_valid
-from megatron_interbert.tasks.answering.records import (
-    Record,
-    Records,
-    place_records,
-    refuse_repeated,
-)
+from megatron_interbert.tasks.answering.records import Record, place_in
 from megatron_interbert.tasks.answering.vocabulary import (
     AnswerList,
     frequent_answers,
     read_answers,
 )
+from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.records import check_entry
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.vqa.answers import normalise_answer
@@ -105,9 +101,8 @@ def read_questions(
         images = images[:-minval] if part == "train" else images[-minval:]
 
     records = [record_of(entry) for image in images for entry in image["qas"]]
-    refuse_repeated(records, ", ".join(paths))
 
-    return place_records(", ".join(paths), records, corpus, whole)
+    return place_in(corpus, ", ".join(paths), records, whole)
 
 
 def images_of(path: str) -> Iterator[dict[str, Any]]:
@@ -124,7 +119,7 @@ def images_of(path: str) -> Iterator[dict[str, Any]]:
         yield image
 
 
-def record_of(entry: dict[str, Any]) -> Record | tuple[str, str]:
+def record_of(entry: dict[str, Any]) -> Record | Rejected:
     """Return a question as a record, or (id, reason) if it cannot be used."""
     number = str(entry["qa_id"])
     answer = normalise_answer(entry["answer"])

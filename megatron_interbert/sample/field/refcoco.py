@@ -1,0 +1,89 @@
+"""Write referring expressions about generated scenes in the format of RefCOCO."""
+
+import json
+import pickle
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.files import write_bytes, write_text
+from megatron_interbert.sample.corpus import HEIGHT, WIDTH
+from megatron_interbert.sample.field.facts import named
+from megatron_interbert.sample.field.scenes import THINGS, TaskScene
+
+EACH = 3  # references in a scene
+
+
+def expressions_of(random: np.random.Generator, scene: TaskScene, thing: int) -> Iterator[str]:
+    """Yield expressions for a thing: by kind, and place if it is a twin; by colour and kind; by
+    another thing beside which it lies.
+    """
+    yield f"the {scene.only(thing)}"
+    yield f"the {named(scene.things[thing])}"
+
+    others = [other for other in range(THINGS) if other != thing]
+    other = others[int(random.integers(len(others)))]
+    side = "left" if scene.is_left_of(thing, other) else "right"
+    kind = scene.only(thing)
+    yield f"the {kind} to the {side} of the {named(scene.things[other])}"
+
+
+def write_refcoco(folder: Path, scenes: Mapping[str, Mapping[int, TaskScene]], seed: int) -> None:
+    """Write refs(unc).p and instances.json of scenes, given by split and image number."""
+    refs: list[dict[str, Any]] = []
+    images: list[dict[str, Any]] = []
+    boxes: list[dict[str, Any]] = []
+
+    for split, drawn in scenes.items():
+        for image, scene in drawn.items():
+            name = f"{image}.jpg"
+            images.append({"id": image, "file_name": name, "width": WIDTH, "height": HEIGHT})
+            boxes += [
+                {
+                    "id": image * 10 + thing,
+                    "image_id": image,
+                    "category_id": int(scene.kinds[thing]) + 1,
+                    "bbox": corner_and_size(scene.boxes[thing]),
+                }
+                for thing in range(THINGS)
+            ]
+            refs += references_of(image, scene, split, seed)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes(folder / "refs(unc).p", pickle.dumps(refs, protocol=2))
+    write_text(folder / "instances.json", json.dumps({"images": images, "annotations": boxes}))
+
+
+def references_of(image: int, scene: TaskScene, split: str, seed: int) -> list[dict[str, Any]]:
+    """Draw the references in a scene."""
+    random = np.random.default_rng([seed, 27, image])
+    refs = []
+
+    for place, thing in enumerate(random.permutation(THINGS)[:EACH].tolist()):
+        number = image * 10 + place
+        sentences = [
+            {"sent_id": number * 10 + count, "sent": text, "raw": text, "tokens": text.split()}
+            for count, text in enumerate(expressions_of(random, scene, thing))
+        ]
+        refs.append(
+            {
+                "ref_id": number,
+                "ann_id": image * 10 + thing,
+                "category_id": int(scene.kinds[thing]) + 1,
+                "image_id": image,
+                "file_name": f"{image}_{place}.jpg",
+                "split": split,
+                "sent_ids": [sentence["sent_id"] for sentence in sentences],
+                "sentences": sentences,
+            }
+        )
+
+    return refs
+
+
+def corner_and_size(box: np.ndarray) -> list[float]:
+    """Return a box as COCO's x, y, width, height."""
+    left, top, right, bottom = (round(float(value), 2) for value in box)
+    return [left, top, round(right - left, 2), round(bottom - top, 2)]

@@ -1,0 +1,1 @@
+"""Hold what tasks share that point at the region which a text means."""

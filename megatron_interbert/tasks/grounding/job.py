@@ -1,0 +1,203 @@
+"""Build the job that finetunes on a task which points at regions."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.stores import split_paths
+from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.heads import TaskHead
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.config import LoadConfig
+from megatron_interbert.tasks.grounding.config import EvaluateRegionsConfig, RegionConfig
+from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
+from megatron_interbert.tasks.grounding.records import RegionRecord
+from megatron_interbert.tasks.grounding.samples import (
+    ALL,
+    ANNOTATED,
+    DETECTED,
+    RegionSamples,
+    RegionSet,
+)
+from megatron_interbert.tasks.grounding.task import RegionTask
+from megatron_interbert.tasks.parts import (
+    describe_data,
+    fitted_sizes,
+    open_stores,
+    vocabulary_of_run,
+)
+from megatron_interbert.tasks.placing import Records
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.two_stores import TwoStores
+
+# Computes figures in percent: (records, the best regions of each, convention of IoU).
+Metrics = Callable[[Sequence[RegionRecord], Sequence[Ranked], str], dict[str, float]]
+HEAD = TaskHead("regions")
+
+
+@dataclass(frozen=True)
+class Pointing:
+    """Describe a task that points at regions.
+
+    `metrics` computes its figures from the `most` best regions; `figures` are their names, the main
+    one first. `among` is which regions a sample may choose: None for each kind of region that there
+    is, which is then reported apart (`_gt` for annotated boxes, `_det` for detected ones).
+    """
+
+    name: str
+    metrics: Metrics
+    figures: tuple[str, ...] = ("accuracy",)
+    most: int = 1
+    among: str | None = None
+
+    def ways(self, stores: TwoStores) -> dict[str, str]:
+        """Return the regions to choose among in evaluations, by what their figures' names end
+        with.
+        """
+        if self.among is not None:
+            return {"": self.among}
+
+        ways = {}
+        if stores.annotated is not None:
+            ways["_gt"] = ANNOTATED
+        if stores.detected is not None:
+            ways["_det"] = DETECTED
+
+        return ways
+
+    def names(self, stores: TwoStores) -> tuple[str, ...]:
+        """Return the names of all figures of an evaluation on some stores, the main one first."""
+        return tuple(name + end for end in self.ways(stores) for name in self.figures)
+
+
+@dataclass
+class Opened:
+    """Hold what finetuning on a task has opened: images, vocabulary, and the model's sizes."""
+
+    stores: TwoStores
+    tokenizer: CaptionTokenizer
+    sizes: ModelConfig
+
+
+def open_two(
+    annotated: str, detected: str, config: RegionConfig | LoadConfig, max_regions: int
+) -> TwoStores:
+    """Open the stores of annotated and detected regions; either path may be empty.
+
+    Raises UsageError if both are, or if their features are not alike.
+    """
+    paths = [split_paths(path) for path in (annotated, detected)]
+    stores = [open_stores(some, config) if some else None for some in paths]
+    if all(stores):
+        stores[0].check_alike(stores[1].stores[0], config.allow_other_detector, "--data-path")
+
+    return TwoStores(*stores, max_regions)
+
+
+def open_run(config: RegionConfig) -> Opened:
+    """Open the stores and the vocabulary of a finetuning."""
+    stores = open_two(config.annotated_path, config.data_path, config, config.max_regions)
+    paths = [*split_paths(config.data_path), *split_paths(config.annotated_path)]
+    tokenizer = vocabulary_of_run(config, paths)
+
+    return Opened(stores, tokenizer, fitted_sizes(config, tokenizer, stores.corpora[0]))
+
+
+def open_valid(config: RegionConfig, trained: TwoStores) -> TwoStores:
+    """Open the stores of the validation images, by default those of the training images."""
+    if not (config.valid_data_path or config.valid_annotated_path):
+        return trained
+
+    annotated = config.valid_annotated_path or config.annotated_path
+    detected = config.valid_data_path or config.data_path
+    valid = open_two(annotated, detected, config, config.max_regions)
+    first = valid.corpora[0].stores[0]
+    trained.corpora[0].check_alike(first, config.allow_other_detector, "--valid-data-path")
+
+    return valid
+
+
+def region_job(
+    task: Pointing,
+    config: RegionConfig,
+    state: ParallelState,
+    opened: Opened,
+    records: Records,
+    files: Sequence[str],
+    valid: tuple[Records, TwoStores] | None = None,
+) -> Job:
+    """Build the job that trains on `records`, which `files` determine, and evaluates on `valid`.
+
+    Raises UsageError if a sample has no right box.
+    """
+    if not records.labelled:
+        raise UsageError(f"{records.files}: samples without boxes cannot be trained on")
+    if state.is_main:
+        print(records.report(), flush=True)
+
+    stores = opened.stores
+    among = task.among or ALL
+    samples = RegionSamples(task.name, records, stores, opened.tokenizer, config.max_tokens, among)
+    others = [str(s.path / MANIFEST) for corpus in stores.corpora[1:] for s in corpus.stores]
+    data = describe_data(opened.tokenizer, stores.corpora[0], [*others, *files], task.name)
+    data["heads"] = {task.name: {"regions": among}}
+    judged = valid[1] if valid else stores
+    figures = task.names(judged)
+
+    job = Job(
+        RegionTask(task.name, config.loss),
+        RegionSet(samples, records, config, config.iou),
+        opened.sizes,
+        (),
+        data,
+        opened.tokenizer.vocab_file,
+        model_options={"task_heads": {task.name: HEAD}},
+        metric=config.metric or figures[0],
+        figures=figures,
+        patience=config.early_stopping,
+    )
+    if valid is None:
+        return job
+
+    if state.is_main:
+        print(valid[0].report(), flush=True)
+    if not valid[0].labelled:
+        raise UsageError(f"{valid[0].files}: samples without boxes cannot be evaluated on")
+
+    ways = samples_by_way(task, *valid, opened.tokenizer, config.max_tokens)
+
+    def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
+        found: dict[str, float] = {}
+        for end, shown in ways.items():
+            ranked = rank_regions(model, shown, state, device, config.eval_batch_size, task.most)
+            some = task.metrics(valid[0].items, ranked, config.iou)
+            found |= {f"{name}{end}": some[name] for name in task.figures}
+        return found
+
+    job.evaluate = evaluate
+
+    return job
+
+
+def samples_by_way(
+    task: Pointing,
+    records: Records,
+    stores: TwoStores,
+    tokenizer: CaptionTokenizer,
+    max_tokens: int,
+) -> dict[str, RegionSamples]:
+    """Return the samples of an evaluation for each way in which regions may be chosen."""
+    return {
+        end: RegionSamples(task.name, records, stores, tokenizer, max_tokens, among)
+        for end, among in task.ways(stores).items()
+    }
+
+
+def stores_of(config: EvaluateRegionsConfig) -> list[str]:
+    """List the region stores of an evaluation, the annotated ones first."""
+    return [*split_paths(config.annotated_path), *split_paths(config.data_path)]

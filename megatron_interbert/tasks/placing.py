@@ -1,0 +1,134 @@
+"""Find the images of samples in region stores, and keep the samples that can be used."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.tasks.drops import Drops
+
+Numbers = Mapping[str, tuple[int, ...]]  # of an image in each store, by its name
+Find = Callable[[Iterable[str]], Numbers]
+Rejected = tuple[str, str]  # id of a sample that cannot be used, and the reason
+
+
+class AnyRecord(Protocol):
+    """Hold one sample as read from a task's files."""
+
+    id: str
+    images: tuple[str, ...]
+
+    @property
+    def labelled(self) -> bool:
+        """Return whether the right answer is known."""
+
+
+@dataclass
+class Records:
+    """Hold the usable samples of some files, the numbers of their images, int64 [n, ..], and what
+    was dropped.
+    """
+
+    files: str
+    items: list[Any]
+    images: np.ndarray
+    drops: Drops = field(default_factory=Drops)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def labelled(self) -> bool:
+        """Return whether the right answers of all samples are known."""
+        return all(record.labelled for record in self.items)
+
+    def report(self) -> str:
+        """Return a line such as `FILES: 120 samples; dropped 3: REASON (first: 458752000)`."""
+        return f"{self.files}: {len(self)} samples{self.drops}"
+
+    def take(self, rows: Sequence[int]) -> "Records":
+        """Return some of the samples, with all that was dropped."""
+        return Records(self.files, [self.items[row] for row in rows], self.images[rows], self.drops)
+
+    @staticmethod
+    def join(parts: Sequence["Records"]) -> "Records":
+        """Return the samples of several parts as one."""
+        drops = Drops()
+        for part in parts:
+            drops.take(part.drops)
+
+        return Records(
+            ", ".join(dict.fromkeys(part.files for part in parts)),
+            [record for part in parts for record in part.items],
+            np.concatenate([part.images for part in parts]),
+            drops,
+        )
+
+
+def place_records(
+    files: str,
+    records: Iterable[AnyRecord | Rejected],
+    find: Find,
+    stores: str,
+    whole: bool = False,
+    check: Callable[[Any, tuple[int, ...]], str] = lambda record, numbers: "",
+) -> Records:
+    """Find the images of records in `stores` (their paths, for messages).
+
+    Dropped and counted are records that were rejected when they were read, that have an image which
+    is missing, or that do not pass `check`, which returns the reason. If `whole`, because every
+    sample must be answered, a drop raises UsageError; so does a file of which nothing is left.
+    """
+    given = list(records)
+    usable = [record for record in given if not isinstance(record, tuple)]
+    numbers = find(name for record in usable for name in record.images)
+    drops = Drops()
+    items: list[Any] = []
+    images: list[tuple[int, ...]] = []
+
+    for record, name, place, reason in judged(given, numbers):
+        why = reason or check(record, place)
+        if not why:
+            items.append(record)
+            images.append(place)
+            continue
+
+        drops.add(why, name)
+        if whole:
+            raise UsageError(f"{files}: {name}: {why}; every sample must be answered")
+
+    found = Records(files, items, np.array(images, np.int64), drops)
+    if not items:
+        raise UsageError(
+            f"{found.report()}; nothing is left: give the region stores that hold the images of"
+            f" these samples (now {stores})"
+        )
+
+    return found
+
+
+def judged(
+    given: Iterable[AnyRecord | Rejected], numbers: Numbers
+) -> Iterator[tuple[Any, str, tuple[int, ...], str]]:
+    """Yield (record, its id, the numbers of its images, "") or, for a sample that cannot be used,
+    (None, id, (), reason).
+    """
+    for entry in given:
+        if isinstance(entry, tuple):
+            yield None, entry[0], (), entry[1]
+        elif all(name in numbers for name in entry.images):
+            yield entry, entry.id, tuple(n for name in entry.images for n in numbers[name]), ""
+        else:
+            yield None, entry.id, (), "its image is not in the region store"
+
+
+def refuse_repeated(records: Iterable[AnyRecord | Rejected], files: str) -> None:
+    """Raise UsageError if two samples have one id, which answers could not tell apart."""
+    seen: set[str] = set()
+    for record in records:
+        name = record[0] if isinstance(record, tuple) else record.id
+        if name in seen:
+            raise UsageError(f"{files}: {name} is there twice; give each file once")
+        seen.add(name)

@@ -1,0 +1,3 @@
+"""Finetune and evaluate referring expressions (RefCOCO, RefCOCO+, RefCOCOg): config, samples, job,
+evaluation.
+"""
