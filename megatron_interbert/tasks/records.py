@@ -24,7 +24,18 @@ def read_records(
     Raises UsageError that names the line if it is not a JSON object, lacks one of the `keys`, or
     holds a value of another type there.
     """
-    for number, line in enumerate(read_text(path, flag).split("\n"), 1):
+    yield from parse_records(read_text(path, flag), path, flag, keys, other_names)
+
+
+def parse_records(
+    text: str,
+    path: str,
+    flag: str,
+    keys: Mapping[str, Kind],
+    other_names: Mapping[str, str] = NO_OTHERS,
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the records of the text of a file; see `read_records`."""
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
 

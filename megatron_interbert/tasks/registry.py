@@ -5,12 +5,26 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_interbert.tasks.config import EvaluateConfig, FinetuneConfig
+from megatron_interbert.tasks.flickr30k_entities.config import (
+    EntitiesConfig,
+    EvaluateEntitiesConfig,
+)
+from megatron_interbert.tasks.flickr30k_entities.evaluation import evaluate_entities
+from megatron_interbert.tasks.flickr30k_entities.job import entities_job
 from megatron_interbert.tasks.glue.config import EvaluateGlueConfig, GlueConfig
 from megatron_interbert.tasks.glue.evaluation import evaluate_glue
 from megatron_interbert.tasks.glue.job import glue_job
 from megatron_interbert.tasks.gqa.config import EvaluateGqaConfig, GqaConfig
 from megatron_interbert.tasks.gqa.evaluation import evaluate_gqa
 from megatron_interbert.tasks.gqa.job import gqa_job
+from megatron_interbert.tasks.guesswhat.config import (
+    EvaluateGuesserConfig,
+    EvaluateOracleConfig,
+    GuesserConfig,
+    OracleConfig,
+)
+from megatron_interbert.tasks.guesswhat.guesser import evaluate_guesser, guesser_job
+from megatron_interbert.tasks.guesswhat.oracle import evaluate_oracle, oracle_job
 from megatron_interbert.tasks.nlvr2.config import EvaluateNlvr2Config, Nlvr2Config
 from megatron_interbert.tasks.nlvr2.evaluation import evaluate_nlvr2
 from megatron_interbert.tasks.nlvr2.job import nlvr2_job
@@ -40,6 +54,9 @@ from megatron_interbert.tasks.snli_ve.job import snli_ve_job
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig, VcrConfig
 from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
 from megatron_interbert.tasks.vcr.job import vcr_job
+from megatron_interbert.tasks.visual7w.config import EvaluateVisual7wConfig, Visual7wConfig
+from megatron_interbert.tasks.visual7w.evaluation import evaluate_visual7w
+from megatron_interbert.tasks.visual7w.job import visual7w_job
 from megatron_interbert.tasks.vqa.config import EvaluateVqaConfig, VqaConfig
 from megatron_interbert.tasks.vqa.evaluation import evaluate_vqa
 from megatron_interbert.tasks.vqa.job import vqa_job
@@ -72,6 +89,12 @@ REGISTRY = {
     "nlvr2": Row(EvaluateNlvr2Config, evaluate_nlvr2, Nlvr2Config, nlvr2_job),
     "snli_ve": Row(EvaluateSnliVeConfig, evaluate_snli_ve, SnliVeConfig, snli_ve_job),
     "refcoco": Row(EvaluateRefcocoConfig, evaluate_refcoco, RefcocoConfig, refcoco_job),
+    "visual7w": Row(EvaluateVisual7wConfig, evaluate_visual7w, Visual7wConfig, visual7w_job),
+    "flickr30k_entities": Row(
+        EvaluateEntitiesConfig, evaluate_entities, EntitiesConfig, entities_job
+    ),
+    "guesswhat_guesser": Row(EvaluateGuesserConfig, evaluate_guesser, GuesserConfig, guesser_job),
+    "guesswhat_oracle": Row(EvaluateOracleConfig, evaluate_oracle, OracleConfig, oracle_job),
     "glue": Row(EvaluateGlueConfig, evaluate_glue, GlueConfig, glue_job),
     "product_search": Row(
         EvaluateProductSearchConfig,

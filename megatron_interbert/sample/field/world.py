@@ -9,6 +9,11 @@ from megatron_interbert.progress import progress
 from megatron_interbert.sample.corpus import World
 from megatron_interbert.sample.field.gqa import write_gqa, write_vgqa
 from megatron_interbert.sample.field.nlvr2 import write_nlvr2
+from megatron_interbert.sample.field.pointing import (
+    write_entities,
+    write_guesswhat,
+    write_visual7w,
+)
 from megatron_interbert.sample.field.refcoco import write_refcoco
 from megatron_interbert.sample.field.scenes import TaskScene, draw_scene, write_scenes
 from megatron_interbert.sample.field.snli_ve import write_snli_ve
@@ -20,6 +25,15 @@ WRITERS = {"vqa": write_vqa, "gqa": write_gqa, "vgqa": write_vgqa, "snli_ve": wr
 OTHER_NAMES = {
     "nlvr2": {"train": "train", "test": "dev"},
     "refcoco": {"train": "train", "test": "val"},
+    "visual7w": {"train": "train", "test": "test"},
+    "flickr30k_entities": {"train": "train", "test": "test"},
+    "guesswhat": {"train": "train", "test": "test"},
+}
+WRITERS_OF_ALL = {  # of files that hold all splits, or folders that do
+    "refcoco": write_refcoco,
+    "visual7w": write_visual7w,
+    "flickr30k_entities": write_entities,
+    "guesswhat": write_guesswhat,
 }
 PAIRS = 4  # scenes for each couple of scenes of NLVR2
 
@@ -41,8 +55,9 @@ def write_world(world: World, folder: Path, sizes: Mapping[str, int], seed: int)
         sets = max(len(scenes) // PAIRS, 1)
         write_nlvr2(world, folder / "nlvr2", OTHER_NAMES["nlvr2"][split], sets, seed)
 
-    by_name = {OTHER_NAMES["refcoco"][split]: scenes for split, scenes in drawn.items()}
-    write_refcoco(folder / "refcoco", by_name, seed)
+    for task, write in WRITERS_OF_ALL.items():
+        by_name = {OTHER_NAMES[task][split]: scenes for split, scenes in drawn.items()}
+        write(folder / task, by_name, seed)
 
 
 def draw_scenes(world: World, split: str, count: int, seed: int) -> dict[int, TaskScene]:

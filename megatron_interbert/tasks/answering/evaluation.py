@@ -19,7 +19,6 @@ from megatron_interbert.tasks.answering.job import Answering
 from megatron_interbert.tasks.answering.page import result_page
 from megatron_interbert.tasks.answering.prediction import Predictions, predict
 from megatron_interbert.tasks.answering.records import Record
-from megatron_interbert.tasks.answering.samples import AnswerSamples
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
 from megatron_interbert.tasks.kept_heads import kept_head
 from megatron_interbert.tasks.loading import (
@@ -86,7 +85,7 @@ def evaluate_answers(
     if state.is_main:
         print(records.report(), flush=True)
 
-    samples = AnswerSamples(
+    samples = task.samples(
         *(task.name, records, corpus, tokenizer, config.max_tokens, config.max_regions),
         task.side_by_side,
     )

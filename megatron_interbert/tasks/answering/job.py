@@ -35,9 +35,9 @@ class Answering:
     """Describe a task that chooses one of fixed answers.
 
     `soft`: a sample may have several right answers, each with a score. `images`: how many a sample
-    has, and `side_by_side` whether it shows them as one. `metrics` computes the task's figures in
-    percent from records and the answers given to them; `figures` are the names that are always
-    among them, the main one first.
+    has, and `side_by_side` whether it shows them as one; `samples` lays them out. `metrics`
+    computes the task's figures in percent from records and the answers given to them; `figures` are
+    the names that are always among them, the main one first.
     """
 
     name: str
@@ -46,6 +46,7 @@ class Answering:
     soft: bool = False
     images: int = 1
     side_by_side: bool = False
+    samples: type[AnswerSamples] = AnswerSamples
 
     @property
     def rows(self) -> int:
@@ -114,7 +115,7 @@ def answer_job(
     targets = Targets(records, answers)
     say_samples(state, records, targets)
     prepare = (opened.tokenizer, config.max_tokens, config.max_regions, task.side_by_side)
-    samples = AnswerSamples(task.name, records, opened.corpus, *prepare)
+    samples = task.samples(task.name, records, opened.corpus, *prepare)
     data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
     data["heads"] = {task.name: task.record(answers)}
 
@@ -139,7 +140,7 @@ def answer_job(
     if not judged.labelled:
         raise UsageError(f"{judged.files}: samples without answers cannot be evaluated on")
 
-    shown = AnswerSamples(task.name, judged, valid_corpus, *prepare)
+    shown = task.samples(task.name, judged, valid_corpus, *prepare)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         predictions = predict(model, shown, task.soft, state, device, config.eval_batch_size)

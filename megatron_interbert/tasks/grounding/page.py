@@ -1,11 +1,12 @@
 """Render the page of an evaluation: each sample's image with the right box and the chosen ones."""
 
-import base64
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 
+from megatron_interbert.pages.drawing import draw_image
 from megatron_interbert.pages.photo_folder import PhotoFolder
 from megatron_interbert.pages.templates import render
 from megatron_interbert.tasks.grounding.boxes import overlaps
@@ -30,23 +31,25 @@ def result_page(
     photos: PhotoFolder | None,
 ) -> str:
     """Return the HTML of a page with up to `most` samples, spread evenly over the files."""
-    rows = np.linspace(0, len(records) - 1, min(most, len(records))).astype(int)
-    shown = [
-        sample_of(records, row, ranked[row], stores, convention, photos) for row in rows.tolist()
-    ]
+    rows = np.linspace(0, len(records) - 1, min(most, len(records))).astype(int).tolist()
+    corpus = stores.corpora[0]
+    symbols: dict[int, Markup] = {}
+
+    for image in (int(records.images[row][0]) for row in rows):
+        if image not in symbols:
+            store, number = store_of(corpus, image)
+            symbols[image] = draw_image(corpus.stores[store], number, photos, number=image)
+
     return render(
-        TEMPLATE, result=result, peers=result.get("published", []), samples=shown, symbols=[]
+        TEMPLATE,
+        result=result,
+        peers=result.get("published", []),
+        samples=[sample_of(records, row, ranked[row], convention) for row in rows],
+        symbols=symbols.values(),
     )
 
 
-def sample_of(
-    records: Records,
-    row: int,
-    ranked: Ranked,
-    stores: TwoStores,
-    convention: str,
-    photos: PhotoFolder | None,
-) -> dict[str, Any]:
+def sample_of(records: Records, row: int, ranked: Ranked, convention: str) -> dict[str, Any]:
     """Return what the template needs of a sample."""
     record: RegionRecord = records.items[row]
     width, height = record.size
@@ -58,29 +61,13 @@ def sample_of(
         "width": f"{width:g}",
         "height": f"{height:g}",
         "line": f"{max(width, height) / 160:.2f}",
-        "photo": photo_of(records.images[row], stores, photos),
+        "image": int(records.images[row][0]),
         "right": [corners_of(box) for box in record.targets],
         "others": [corners_of(box) for box in ranked.boxes[1:SHOWN_BOXES]],
         "chosen": corners_of(ranked.boxes[0]),
         "iou": "" if best is None else f"{best.max():.2f}",
         "hit": best is not None and bool(best.max() >= RIGHT),
     }
-
-
-def photo_of(
-    numbers: np.ndarray, stores: TwoStores, photos: PhotoFolder | None
-) -> dict[str, str] | None:
-    """Return the photo of an image, if there is one."""
-    if photos is None:
-        return None
-
-    corpus = stores.corpora[0]
-    store, number = store_of(corpus, int(numbers[0]))
-    photo = photos.read(corpus.stores[store].image_id(number))
-    if photo is None:
-        return None
-
-    return {"kind": f"image/{photo.kind}", "base64": base64.b64encode(photo.data).decode()}
 
 
 def corners_of(box: np.ndarray) -> dict[str, str]:

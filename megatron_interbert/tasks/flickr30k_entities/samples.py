@@ -1,0 +1,143 @@
+"""Read Flickr30k Entities: sentences whose phrases name chains, and the boxes of each chain."""
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from megatron_interbert.errors import UsageError
+from megatron_interbert.reading import is_there, read_text
+from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
+from megatron_interbert.tasks.placing import Records, Rejected
+from megatron_interbert.tasks.two_stores import TwoStores
+
+PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s\]]+)+)\s+([^\]]*)\]")
+NOT_VISUAL = "0"
+UNRELATED = "UNRELATED_CAPTIONS"
+SIDES = ("xmin", "ymin", "xmax", "ymax")
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """Hold a phrase of a sentence, the chain of mentions it belongs to, and its kinds."""
+
+    text: str
+    chain: str
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Chains:
+    """Hold the boxes of each chain of an image, and the image's width and height."""
+
+    boxes: dict[str, np.ndarray]
+    size: tuple[float, float]
+
+
+def read_phrases(
+    folder: str,
+    images: str,
+    stores: TwoStores,
+    context: bool = False,
+    merged: bool = False,
+    whole: bool = False,
+) -> Records:
+    """Read the phrases of the images that a file lists, each with the boxes of its chain, or with
+    the one box around all if `merged`; with `context` also the sentence.
+
+    Left out are phrases without boxes (not visual, scenes, or outside the picture) and sentences
+    that the data set lists as unrelated to their image; that is no drop. Raises UsageError that
+    names a file that is missing or damaged. Phrases without an image in the stores are dropped and
+    counted; if `whole`, that raises UsageError.
+    """
+    if not folder or not images:
+        raise UsageError(
+            "--entities or --images is missing; give the folder of Flickr30k Entities, and"
+            " train.txt, val.txt or test.txt"
+        )
+
+    root = Path(folder)
+    unrelated = read_unrelated(root / UNRELATED)
+    records: list[RegionRecord | Rejected] = []
+
+    for image in read_text(images, "--images").split():
+        chains = read_chains(root / "Annotations" / f"{image}.xml")
+        for number, line in enumerate(sentences_of(root / "Sentences" / f"{image}.txt"), 1):
+            if (image, number) not in unrelated:
+                records += records_of(image, number, line, chains, context, merged)
+
+    return place_in(stores, images, records, whole)
+
+
+def sentences_of(path: Path) -> list[str]:
+    """Return the sentences of an image as they are written."""
+    return [line for line in read_text(path, "--entities").split("\n") if line.strip()]
+
+
+def read_unrelated(path: Path) -> set[tuple[str, int]]:
+    """Read which sentences do not describe their image: (image, number of the sentence from 1)."""
+    if not is_there(path):
+        return set()
+
+    found = set()
+    for line in read_text(path, "--entities").splitlines():
+        words = line.split("#")[0].split()
+        if len(words) == 2 and words[1].isdigit():
+            found.add((words[0], int(words[1])))
+
+    return found
+
+
+def parse_sentence(line: str) -> tuple[str, list[Phrase]]:
+    """Return the plain text of a sentence, and its phrases."""
+    phrases = [
+        Phrase(text.strip(), chain, tuple(kinds.strip("/").split("/")))
+        for chain, kinds, text in PHRASE.findall(line)
+    ]
+    return " ".join(PHRASE.sub(r"\3", line).split()), phrases
+
+
+def read_chains(path: Path) -> Chains:
+    """Read the boxes of an image's chains; those of files count from 1, ours from 0."""
+    text = read_text(path, "--entities")
+
+    try:
+        root = ElementTree.fromstring(text)
+        size = tuple(float(root.findtext(f"size/{side}") or "") for side in ("width", "height"))
+        boxes = defaultdict(list)
+        for entry in root.findall("object"):
+            box = entry.find("bndbox")
+            if box is not None:
+                corners = [float(box.findtext(side) or "") - 1 for side in SIDES]
+                for name in entry.findall("name"):
+                    boxes[(name.text or "").strip()].append(corners)
+    except (ElementTree.ParseError, ValueError) as error:
+        raise UsageError(
+            f"--entities {path}: not an annotation of Flickr30k Entities ({error})"
+        ) from error
+
+    return Chains({chain: np.array(some, np.float32) for chain, some in boxes.items()}, size)
+
+
+def records_of(
+    image: str, number: int, line: str, chains: Chains, context: bool, merged: bool
+) -> Iterator[RegionRecord]:
+    """Yield the phrases of a sentence that have boxes; facts are their kinds."""
+    sentence, phrases = parse_sentence(line)
+
+    for place, phrase in enumerate(phrases):
+        boxes = chains.boxes.get(phrase.chain)
+        if phrase.chain == NOT_VISUAL or boxes is None or not phrase.text:
+            continue
+
+        if merged:
+            boxes = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
+
+        texts = (phrase.text, sentence) if context else (phrase.text,)
+        yield RegionRecord(
+            f"{image}-{number}-{place}", texts, (image,), chains.size, boxes, facts=phrase.kinds
+        )

@@ -1,0 +1,1 @@
+"""Finetune and evaluate GuessWhat: config, games, the guesser and the oracle."""

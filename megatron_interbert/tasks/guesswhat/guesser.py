@@ -1,0 +1,97 @@
+"""Finetune and evaluate the guesser: which of the objects of a picture a dialogue is about."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_interbert.config.stores import split_paths
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.grounding.boxes import overlaps
+from megatron_interbert.tasks.grounding.evaluation import evaluate_regions
+from megatron_interbert.tasks.grounding.job import Pointing, open_run, open_valid, region_job
+from megatron_interbert.tasks.grounding.prediction import Ranked
+from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
+from megatron_interbert.tasks.grounding.samples import ALL
+from megatron_interbert.tasks.guesswhat.config import EvaluateGuesserConfig, GuesserConfig
+from megatron_interbert.tasks.guesswhat.games import Game, read_games
+from megatron_interbert.tasks.placing import Records, Rejected
+from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.two_stores import TwoStores
+
+
+def guesser_metrics(
+    records: Sequence[RegionRecord], ranked: Sequence[Ranked], convention: str
+) -> dict[str, float]:
+    """Return the share of games whose best region is nearer to the right object than to the others,
+    and the share of the others (error), in percent.
+    """
+    right = [
+        overlaps(best.boxes[:1], record.choices, convention)[0].argmax() == record.facts
+        for record, best in zip(records, ranked, strict=True)
+    ]
+    accuracy = 100.0 * float(np.mean(right))
+
+    return {"accuracy": accuracy, "error": 100.0 - accuracy}
+
+
+GUESSER = Pointing("guesswhat_guesser", guesser_metrics, ("accuracy", "error"), among=ALL)
+
+
+def read_dialogues(paths: Sequence[str], stores: TwoStores, whole: bool = False) -> Records:
+    """Read whole dialogues, with the boxes of the objects to choose among.
+
+    Games that came to no guess are dropped and counted, and so are games without questions or
+    without an image in the stores; if `whole`, that raises UsageError.
+    """
+    records = [dialogue_of(game) for game in read_games(paths)]
+    return place_in(stores, ", ".join(paths), records, whole)
+
+
+def dialogue_of(game: Game) -> RegionRecord | Rejected:
+    """Return a game as a record, or (id, reason) if it cannot be used."""
+    if not game.is_finished:
+        return game.id, "the game came to no guess"
+    if not game.turns:
+        return game.id, "the game has no questions"
+
+    said = " ".join(f"start {turn.question} answer {turn.answer} stop" for turn in game.turns)
+    target = game.boxes[game.target : game.target + 1]
+
+    return RegionRecord(game.id, (said,), (game.image,), game.size, target, game.boxes, game.target)
+
+
+def guesser_job(config: GuesserConfig, state: ParallelState) -> Job:
+    """Build the job that finetunes on --games; the accuracy on --valid-games decides which
+    checkpoint is best.
+    """
+    opened = open_run(config)
+    paths = split_paths(config.games)
+    records = read_dialogues(paths, opened.stores)
+    valid = None
+
+    if valid_paths := split_paths(config.valid_games):
+        stores = open_valid(config, opened.stores)
+        valid = (read_dialogues(valid_paths, stores), stores)
+
+    return region_job(GUESSER, config, state, opened, records, paths, valid)
+
+
+def evaluate_guesser(
+    config: EvaluateGuesserConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
+    """Write result.json, result.html and, with --submission, the chosen boxes; return the result.
+
+    All ranks of a launch must call it.
+    """
+    paths = split_paths(config.games)
+
+    return evaluate_regions(
+        GUESSER,
+        config,
+        state,
+        device,
+        paths,
+        lambda stores: read_dialogues(paths, stores, config.submission),
+    )

@@ -1,0 +1,181 @@
+"""Finetune and evaluate the oracle: yes, no or not applicable, for a question about an object.
+
+A sample shows the scene and, beside it, the object alone, in the place that it has in the scene: so
+the model knows which object is meant. Of the regions that a store has for the picture the object is
+the one with the best IoU. The text is the question and the object's kind.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from megatron_interbert.config.stores import split_paths
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.region_batch import Allocate, RegionBatch, plain_memory, read_regions
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.data.training_set import Fields
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.answering.evaluation import evaluate_answers
+from megatron_interbert.tasks.answering.job import Answering, answer_job, open_run, open_valid
+from megatron_interbert.tasks.answering.records import Record, place_in
+from megatron_interbert.tasks.answering.samples import AnswerSamples
+from megatron_interbert.tasks.answering.vocabulary import AnswerList
+from megatron_interbert.tasks.grounding.boxes import overlaps
+from megatron_interbert.tasks.guesswhat.config import EvaluateOracleConfig, OracleConfig
+from megatron_interbert.tasks.guesswhat.games import ANSWERS, Game, read_games
+from megatron_interbert.tasks.pairs import pair_fields
+from megatron_interbert.tasks.placing import Records, Rejected
+from megatron_interbert.tasks.task import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Object:
+    """Hold the box of a question's object, x1 y1 x2 y2 as shares of the picture."""
+
+    box: np.ndarray
+
+
+class OracleSamples(AnswerSamples):
+    """Hold questions about objects; see the module's text."""
+
+    def __init__(
+        self,
+        head: str,
+        records: Records,
+        corpus: Corpus,
+        tokenizer: CaptionTokenizer,
+        max_tokens: int,
+        max_regions: int,
+        side_by_side: bool = False,
+    ) -> None:
+        super().__init__(head, records, corpus, tokenizer, max_tokens, max_regions, side_by_side)
+        self.boxes = np.stack([record.facts.box for record in records.items])
+
+    @property
+    def most_regions(self) -> int:
+        """Return the most regions that a sample can have."""
+        return super().most_regions + 1
+
+    def fields(self, rows: Sequence[int], allocate: Allocate = plain_memory) -> Fields:
+        """Return the fields of a PackedBatch for some samples [B], without labels."""
+        regions = read_regions(self.corpus, self.images[rows, 0], self.max_regions)
+        shown = with_object_beside(regions, self.boxes[rows])
+        texts = self.texts.inputs(rows)
+        dim = self.corpus.feature_dim
+
+        return {
+            **pair_fields(texts, shown, np.arange(len(texts)), dim, allocate),
+            "head": self.head,
+        }
+
+
+def with_object_beside(regions: RegionBatch, boxes: np.ndarray) -> RegionBatch:
+    """Return the regions of B images in the left half of a wide one, and in its right half, as the
+    last region, the one that is nearest to each image's box [B, 4].
+    """
+    shares = regions.locations()[:, :4]
+    order: list[int] = []
+    is_object: list[bool] = []
+
+    for image, (start, stop) in enumerate(zip(regions.offsets, regions.offsets[1:], strict=False)):
+        nearest = start + int(overlaps(shares[start:stop], boxes[image][None])[:, 0].argmax())
+        order += [*range(start, stop), nearest]
+        is_object += [False] * (stop - start) + [True]
+
+    places = shares[order]
+    places[:, 0::2] = (places[:, 0::2] + np.array(is_object)[:, None]) / 2
+    images = len(regions.sizes)
+
+    return RegionBatch(
+        regions.features[order],
+        places.astype(np.float32),
+        regions.class_ids[:0],
+        regions.class_probs[:0],
+        np.ones((images, 2), np.float32),
+        regions.offsets + np.arange(images + 1),
+    )
+
+
+def oracle_metrics(records: Sequence[Record], given: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy and the error of the answers, in percent."""
+    right = [answer in record.answers for record, answer in zip(records, given, strict=True)]
+    accuracy = 100.0 * float(np.mean(right))
+
+    return {"accuracy": accuracy, "error": 100.0 - accuracy}
+
+
+ORACLE = Answering("guesswhat_oracle", oracle_metrics, ("accuracy", "error"), samples=OracleSamples)
+
+
+def read_turns(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Records:
+    """Read the questions of games, each with its object.
+
+    Questions without text, of games that came to no guess or without an image in the corpus are
+    dropped and counted; if `whole`, that raises UsageError.
+    """
+    records = [record for game in read_games(paths) for record in turns_of(game)]
+    return place_in(corpus, ", ".join(paths), records, whole)
+
+
+def turns_of(game: Game) -> Iterator[Record | Rejected]:
+    """Yield the questions of a game as records, or (id, reason) of those that cannot be used."""
+    box = game.boxes[game.target] / np.array([*game.size, *game.size], np.float32)
+
+    for turn in game.turns:
+        if not game.is_finished:
+            yield turn.id, "the game came to no guess"
+        elif not turn.question:
+            yield turn.id, "the question has no text"
+        else:
+            texts = (turn.question, game.kinds[game.target])
+            yield Record(turn.id, texts, (game.image,), {turn.answer: 1.0}, Object(box))
+
+
+def oracle_job(config: OracleConfig, state: ParallelState) -> Job:
+    """Build the job that finetunes on --games; the accuracy on --valid-games decides which
+    checkpoint is best.
+    """
+    opened = open_run(config)
+    paths = split_paths(config.games)
+    records = read_turns(paths, opened.corpus)
+    valid = None
+
+    if valid_paths := split_paths(config.valid_games):
+        corpus = open_valid(config, opened.corpus)
+        valid = (read_turns(valid_paths, corpus), corpus)
+
+    answers = AnswerList(ANSWERS)
+
+    return answer_job(ORACLE, config, state, opened, answers, records, paths, valid)
+
+
+def evaluate_oracle(
+    config: EvaluateOracleConfig, state: ParallelState, device: torch.device
+) -> dict[str, Any]:
+    """Write result.json, result.html and, with --submission, the answers; return the result.
+
+    All ranks of a launch must call it.
+    """
+    paths = split_paths(config.games)
+
+    return evaluate_answers(
+        ORACLE,
+        config,
+        state,
+        device,
+        paths,
+        lambda config, corpus: read_turns(paths, corpus, config.submission),
+        ("predictions.jsonl", predictions),
+    )
+
+
+def predictions(records: Sequence[Record], given: Sequence[str]) -> str:
+    """Return the JSON lines of the answers."""
+    return "".join(
+        json.dumps({"question_id": record.id, "answer": answer}) + "\n"
+        for record, answer in zip(records, given, strict=True)
+    )

@@ -1,0 +1,1 @@
+"""Finetune and evaluate pointing in Visual7W: config, samples, job, evaluation."""
