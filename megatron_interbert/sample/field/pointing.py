@@ -1,5 +1,4 @@
-"""Write what points at things of generated scenes, as Visual7W, Flickr30k Entities and GuessWhat do.
-"""
+"""Write what points at things of generated scenes: Visual7W, Flickr30k Entities, GuessWhat."""
 
 import gzip
 import json

@@ -51,6 +51,15 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     data_path: str = store("sample_corpus/test", "region store to evaluate on")
     language: str = option("", "only captions with this language tag; default: all")
     max_images: int = option(0, "only this many first images of the store; 0: all", least=0)
+    images: str = option(
+        "", "file with the ids of the images to evaluate on, such as those of COCO's fixed 1k"
+    )
+    folds: int = option(
+        1,
+        "cut the images, in the store's order, into this many parts, evaluate on each and report"
+        " the means (COCO 1k: 5)",
+        least=1,
+    )
     max_regions: int = option(0, "regions per image", least=0, as_trained=36)
     max_tokens: int = option(
         0,
@@ -100,6 +109,8 @@ class EvaluateRetrievalConfig(EvaluateConfig):
         super().check()
         if not self.exhaustive and not self.two_stage:
             raise UsageError("--no-exhaustive leaves nothing to do without --two-stage K")
+        if self.folds > 1 and self.two_stage:
+            raise UsageError("--folds and --two-stage exclude each other; give one of them")
         if self.bf16 and self.precision not in ("auto", "bf16"):
             raise UsageError(
                 f"--bf16 and --precision {self.precision} exclude each other; give only one"

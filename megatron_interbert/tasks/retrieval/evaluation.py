@@ -8,13 +8,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.pages.photo_folder import PhotoFolder, photos_in
+from megatron_interbert.parallel.agreement import some
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
+from megatron_interbert.reading import read_text
+from megatron_interbert.tasks.image_finder import find_images
 from megatron_interbert.tasks.loading import (
     agree_on_inputs,
     as_trained,
@@ -79,23 +84,28 @@ def evaluate_retrieval(
     as_trained(config, source)
     fit_length(config, source.config)
     scorer = PairScorer(model)
-    pairs = choose_pairs(
-        corpus, tokenizer, config.language, config.max_images, config.max_regions, config.max_tokens
-    )
-    folder = agree_on_inputs(
-        config, state, source, tokenizer, [store.path / MANIFEST for store in corpus.stores]
-    )
+    listed = [config.images] if config.images else []
+    files = [*(store.path / MANIFEST for store in corpus.stores), *listed]
+    folder = agree_on_inputs(config, state, source, tokenizer, files)
+    folds = fold_pairs(config, corpus, tokenizer)
+    pairs = folds[0]
     metrics: dict[str, float] = {}
     more: dict[str, Any] = {
         "images": len(pairs.images),
         "captions": len(pairs.captions),
+        "folds": len(folds),
         "chance_R@1": 100.0 / len(pairs.images),
         "ties": "a wrong candidate with an equal score ranks before the right one",
     }
-    tiles = None
+    scored: list[ScoreTiles] = []
     if config.exhaustive:
-        tiles = score_tiles(config, state, device, scorer, pairs, folder, source.facts["files"])
-        metrics |= metrics_of(tiles, pairs)
+        for number, fold in enumerate(folds):
+            own = folder / f"fold-{number + 1}" if len(folds) > 1 else folder
+            weights = source.facts["files"]
+            scored.append(score_tiles(config, state, device, scorer, fold, own, weights))
+
+        each = [metrics_of(*entry) for entry in zip(scored, folds, strict=True)]
+        metrics = {name: float(np.mean([fold[name] for fold in each])) for name in each[0]}
 
     if config.two_stage:
         found = two_stage_search(scorer, pairs, device, state, config.two_stage, config.batch_pairs)
@@ -104,19 +114,62 @@ def evaluate_retrieval(
         more["two_stage"] = {"reranked": min(config.two_stage, len(pairs.images)), **found}
 
     protocol = protocol_of(config, source)
-    result = result_of(config, protocol, metrics, source, corpus, published=PUBLISHED, **more)
+    result = result_of(
+        config, protocol, metrics, source, corpus, listed, published=PUBLISHED, **more
+    )
     if state.is_main:
         write_result(folder, result)
-        if tiles is not None:
+        if scored:
             photos = photos_in(config.image_folder)
-            write_text(folder / "result.html", page_of(result, tiles, pairs, photos))
+            write_text(folder / "result.html", page_of(result, scored[0], pairs, photos))
         report(result, folder)
 
     state.barrier()
-    if tiles is not None and state.is_main:
-        tiles.remove()
+    if state.is_main:
+        for tiles in scored:
+            tiles.remove()
+            if len(folds) > 1:
+                tiles.folder.parent.rmdir()
 
     return result
+
+
+def fold_pairs(
+    config: EvaluateRetrievalConfig, corpus: Corpus, tokenizer: CaptionTokenizer
+) -> list[Pairs]:
+    """Return the captions and images of each fold: of all images or those of --images, in the
+    order of the store.
+
+    Raises UsageError if the corpus lacks an image that --images lists.
+    """
+    settings = (config.language, config.max_images, config.max_regions, config.max_tokens)
+    only = listed_images(config.images, corpus) if config.images else None
+    everything = choose_pairs(corpus, tokenizer, *settings, only)
+    images = everything.images
+    if config.folds == 1:
+        return [everything]
+
+    if config.folds > len(images):
+        raise UsageError(f"--folds {config.folds}: there are only {len(images)} images")
+
+    return [
+        choose_pairs(corpus, tokenizer, *settings, part)
+        for part in np.array_split(images, config.folds)
+    ]
+
+
+def listed_images(path: str, corpus: Corpus) -> np.ndarray:
+    """Return the numbers of the images that a file lists, a name on each line; see `fold_pairs`."""
+    names = read_text(path, "--images").split()
+    found = find_images(corpus, names)
+    missing = [name for name in names if name not in found]
+    if missing or not names:
+        raise UsageError(
+            f"--images {path}: {len(missing)} of {len(names)} images are not in {corpus.path}"
+            f" ({some(missing)}); give the store that holds them"
+        )
+
+    return np.unique(list(found.values()))
 
 
 def protocol_of(config: EvaluateRetrievalConfig, source: WeightSource) -> str:
@@ -209,10 +262,11 @@ def page_of(
 
 def report(result: dict[str, Any], folder: Path) -> None:
     """Print a summary of the result."""
+    means = f", means of {result['folds']} folds" if result["folds"] > 1 else ""
     origin = " (generated scenes)" if result["data"]["generated"] else ""
     print(
         f"{result['protocol']} retrieval, {result['captions']} captions x {result['images']}"
-        f" images{origin}"
+        f" images{means}{origin}"
     )
     chance = result["chance_R@1"]
 

@@ -116,15 +116,18 @@ def choose_pairs(
     max_images: int,
     max_regions: int,
     max_tokens: int,
+    only: np.ndarray | None = None,
 ) -> Pairs:
     """Return the captions to evaluate, and their images.
 
-    `language` and `max_images` restrict them to one language and to the first images; empty and 0
-    take all. Raises UsageError if no caption is left.
+    `language`, `max_images` and `only` restrict them to one language, to the first images and to
+    images of these numbers; empty, 0 and None take all. Raises UsageError if no caption is left.
     """
     captions = trainable_captions(corpus, language)
     if max_images:
         captions = captions[corpus.caption_image[captions] < max_images]
+    if only is not None:
+        captions = captions[np.isin(corpus.caption_image[captions], only)]
     if not len(captions):
         raise UsageError(
             f"{corpus.path}: no captions to evaluate on; build the store with --captions"
