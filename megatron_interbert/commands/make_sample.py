@@ -12,6 +12,7 @@ from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import Flags, option
 from megatron_interbert.files import check_writable
 from megatron_interbert.sample.corpus import World, write_questions, write_split
+from megatron_interbert.sample.field.blind import write_baselines, write_vcr_baselines
 from megatron_interbert.sample.field.world import write_world
 
 TWO = "a mismatched pair needs another image"
@@ -47,9 +48,12 @@ def run(options: Options) -> None:
         if options.vcr:
             write_questions(world, folder, split, scenes, options.seed)
 
+    if options.vcr:
+        write_vcr_baselines(folder / "vcr")
     if options.tasks:
         sizes = {"train": options.train_scenes, "test": options.test_scenes}
         write_world(world, folder / "tasks", sizes, options.seed)
+        write_baselines(folder / "tasks")
 
     print(
         f"generated corpus in {options.output}: {options.train_scenes} training and"

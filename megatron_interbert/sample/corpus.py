@@ -313,7 +313,7 @@ def write_questions(world: World, folder: Path, split: str, scenes: int, seed: i
             writer.add(world.annotated(scene, random, name), [])
             kinds = [NAMES[i] for i in scene.kinds]
             colours = [COLOUR_NAMES[i] for i in scene.colours]
-            lines.append(json.dumps(question(random, name, kinds, colours, NAMES, COLOUR_NAMES)))
+            lines.append(json.dumps(question(random, name, kinds, colours, COLOUR_NAMES)))
 
     write_text(folder / "vcr" / f"{split}.jsonl", "\n".join(lines) + "\n")
 

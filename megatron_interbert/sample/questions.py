@@ -11,14 +11,14 @@ def question(
     name: str,
     kinds: Sequence[str],
     colours: Sequence[str],
-    all_kinds: Sequence[str],
     all_colours: Sequence[str],
 ) -> dict[str, Any]:
-    """Draw one annotation of a scene with distinct `kinds` in `colours`: what colour is an object,
-    and which description is true.
+    """Draw one annotation of a scene of three or more distinct `kinds` in `colours`: what colour is
+    an object, and which description of two others is true.
 
-    Answers differ in the colour. The rationales describe two objects, others if there are enough;
-    three of them get a colour or a kind wrong.
+    Answers differ in the colour. The four rationales name the same two kinds, each in its own
+    colour or in one other: each colour is in two of them, so no rationale is more like the others,
+    and the question and its answer are about a third object.
     """
     asked, *others = random.permutation(len(kinds)).tolist()
     right = colours[asked]
@@ -26,11 +26,8 @@ def question(
         str(c) for c in random.choice([c for c in all_colours if c != right], 3, replace=False)
     ]
     answers = [["the", [asked], "is", colour] for colour in [right, *wrong]]
-    pair = (others * 2)[:2] if len(others) > 1 else [others[0], asked]
-    true = [(colours[i], kinds[i]) for i in pair]
     rationales = [
-        _describe(true),
-        *(_describe(false) for false in _false_pairs(random, true, kinds, all_kinds, all_colours)),
+        _describe(pair) for pair in _pairs(random, others[:2], kinds, colours, all_colours)
     ]
     first = random.permutation(4).tolist()
     second = random.permutation(4).tolist()
@@ -52,24 +49,19 @@ def _describe(pair: Sequence[tuple[str, str]]) -> list[str]:
     return ["there", "is", "a", colour, kind, "and", "a", other_colour, other_kind]
 
 
-def _false_pairs(
+def _pairs(
     random: np.random.Generator,
-    true: list[tuple[str, str]],
+    things: Sequence[int],
     kinds: Sequence[str],
-    all_kinds: Sequence[str],
+    colours: Sequence[str],
     all_colours: Sequence[str],
 ) -> list[list[tuple[str, str]]]:
-    """Draw three pairs that differ from the true one: another colour of the first, another colour
-    of the second, a kind that is not in the scene.
+    """Return two things in their own colours, then with another colour for the second, for the
+    first, and for both.
     """
-    absent = [kind for kind in all_kinds if kind not in kinds]
-    first, second = true
+    choices = []
+    for thing in things:
+        other = str(random.choice([c for c in all_colours if c != colours[thing]]))
+        choices.append([(colours[thing], kinds[thing]), (other, kinds[thing])])
 
-    def recoloured(thing: tuple[str, str]) -> tuple[str, str]:
-        return str(random.choice([c for c in all_colours if c != thing[0]])), thing[1]
-
-    return [
-        [recoloured(first), second],
-        [first, recoloured(second)],
-        [(first[0], str(random.choice(absent))), second],
-    ]
+    return [[one, two] for one in choices[0] for two in choices[1]]

@@ -12,6 +12,7 @@ from megatron_interbert.board import Board
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.files import file_sha256, write_json
+from megatron_interbert.tasks.baselines import baselines_of
 from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import WeightSource
@@ -44,19 +45,22 @@ def result_of(
     """Return the record of an evaluation, for result.json.
 
     `metrics` are flat; `files` determine the samples, besides the stores of `corpus`. Of what is
-    `published`, that of --benchmark is kept, which says that the data are the same; `more` is added
-    as it is.
+    `published`, that of --benchmark is kept, which says that the data are the same; baselines are
+    kept if they are known for these files. `more` is added as it is.
     """
     manifests = [store.manifest for store in corpus.stores] if corpus else []
     asked = getattr(config, "benchmark", ""), protocol
-    beside = [dataclasses.asdict(p) for p in published if (p.benchmark, p.protocol) == asked]
+    beside = [
+        *baselines_of(files, more.get("samples", 0)),
+        *(dataclasses.asdict(p) for p in published if (p.benchmark, p.protocol) == asked),
+    ]
 
     return {
         "task": config.TASK,
         "protocol": protocol,
         "precision": config.precision,
         "metrics": metrics,
-        **({"published": beside} if beside else {}),
+        **({"beside": beside} if beside else {}),
         **more,
         "checkpoint": {
             "path": str(source.path),
@@ -112,26 +116,24 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Return the metrics as a table, one per line, with published ones beside them and where these
-    come from.
+    """Return the metrics as a table, one per line, with baselines and published ones beside them
+    and where these come from.
     """
-    published = result.get("published", [])
+    beside = result.get("beside", [])
     labels = {name: name if name.endswith("rank") else f"{name} %" for name in result["metrics"]}
     first = max(21, *map(len, labels.values())) + 1
-    widths = [max(len(peer["model"]), 6) + 2 for peer in published]
-    heads = "".join(
-        f"{peer['model']:>{width}}" for peer, width in zip(published, widths, strict=True)
-    )
+    widths = [max(len(peer["model"]), 6) + 2 for peer in beside]
+    heads = "".join(f"{peer['model']:>{width}}" for peer, width in zip(beside, widths, strict=True))
     lines = [f"{'':<{first}}{'ours':>9}{heads}"]
 
     for name, value in result["metrics"].items():
         row = f"{labels[name]:<{first}}{value:>9.2f}"
-        for peer, width in zip(published, widths, strict=True):
+        for peer, width in zip(beside, widths, strict=True):
             figure = peer["figures"].get(name)
             row += f"{'' if figure is None else f'{figure:.2f}':>{width}}"
         lines.append(row.rstrip())
 
-    for peer in published:
+    for peer in beside:
         part = f", {peer['part']}" if peer["part"] else ""
         lines.append(f"{peer['model']}{part}: {peer['source']}")
 

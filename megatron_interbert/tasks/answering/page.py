@@ -57,7 +57,7 @@ def result_page(
     return render(
         TEMPLATE,
         result=result,
-        peers=result.get("published", []),
+        peers=result.get("beside", []),
         samples=shown,
         symbols=symbols.values(),
     )

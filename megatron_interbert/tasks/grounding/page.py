@@ -43,7 +43,7 @@ def result_page(
     return render(
         TEMPLATE,
         result=result,
-        peers=result.get("published", []),
+        peers=result.get("beside", []),
         samples=[sample_of(records, row, ranked[row], convention) for row in rows],
         symbols=symbols.values(),
     )

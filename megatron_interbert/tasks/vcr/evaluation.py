@@ -86,7 +86,8 @@ def evaluate_vcr(
             given_right = rationales[np.arange(len(items)), [q.answer_label for q in items]]
         metrics = vcr_metrics(items, answers, given_right)
 
-    more = {"questions": len(items), "dropped": dict(questions.dropped)}
+    counts = {"questions": len(items), "samples": len(items)}
+    more = {**counts, "dropped": dict(questions.dropped)}
     result = result_of(config, "finetuned", metrics, source, corpus, files[1:], PUBLISHED, **more)
     if state.is_main:
         write_result(folder, result)

@@ -1,0 +1,241 @@
+"""Measure what the generated tasks give away to one who reads only their texts or only their
+images, and write it beside them.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.manifest import VOCABULARY
+from megatron_interbert.data.text import CaptionTokenizer
+from megatron_interbert.files import write_json
+from megatron_interbert.progress import progress
+from megatron_interbert.tasks.answering.baselines import answer_by_image, answer_by_text
+from megatron_interbert.tasks.answering.job import Metrics as AnswerMetrics
+from megatron_interbert.tasks.baselines import FILE, entry_of
+from megatron_interbert.tasks.flickr30k_entities.job import ENTITIES
+from megatron_interbert.tasks.flickr30k_entities.samples import read_phrases
+from megatron_interbert.tasks.gqa.metrics import gqa_metrics
+from megatron_interbert.tasks.gqa.samples import read_questions as read_gqa
+from megatron_interbert.tasks.grounding.baselines import rank_by_chance, rank_by_image
+from megatron_interbert.tasks.grounding.job import Pointing, samples_by_way
+from megatron_interbert.tasks.guesswhat.guesser import GUESSER, read_dialogues
+from megatron_interbert.tasks.guesswhat.oracle import oracle_metrics, read_turns
+from megatron_interbert.tasks.nlvr2.job import nlvr2_metrics
+from megatron_interbert.tasks.nlvr2.samples import read_statements
+from megatron_interbert.tasks.placing import Records
+from megatron_interbert.tasks.refcoco.job import REFCOCO
+from megatron_interbert.tasks.refcoco.refs import read_expressions
+from megatron_interbert.tasks.snli_ve.job import snli_ve_metrics
+from megatron_interbert.tasks.snli_ve.samples import read_pairs
+from megatron_interbert.tasks.two_stores import TwoStores
+from megatron_interbert.tasks.vcr.baselines import TextOnly, scores_by_overlap
+from megatron_interbert.tasks.vcr.job import vcr_metrics
+from megatron_interbert.tasks.vcr.samples import VcrImages
+from megatron_interbert.tasks.vcr.samples import read_questions as read_vcr
+from megatron_interbert.tasks.visual7w.job import VISUAL7W
+from megatron_interbert.tasks.visual7w.samples import read_questions as read_visual7w
+from megatron_interbert.tasks.vqa.job import vqa_metrics
+from megatron_interbert.tasks.vqa.samples import read_questions as read_vqa
+from megatron_interbert.tasks.vqa.visual_genome import read_questions as read_vgqa
+from megatron_interbert.tasks.vqa.visual_genome import vgqa_metrics
+
+SPLITS = ("train", "test")
+MOST_TOKENS = 64
+MOST_REGIONS = 64
+
+
+@dataclass(frozen=True)
+class AnswerFiles:
+    """Hold the files of a task with fixed answers: its figures, what reads a split from a corpus,
+    the stores of both splits, and the files that determine the samples of the second.
+    """
+
+    metrics: AnswerMetrics
+    read: Callable[[str, Corpus], Records]
+    stores: tuple[Path, Path]
+    splits: tuple[str, str]
+    files: tuple[Path, ...]
+
+    def entry(self) -> dict[str, Any]:
+        """Return the figures of answers by the text alone, and by the image alone."""
+        corpora = [Corpus([str(path)]) for path in self.stores]
+        trained, asked = (
+            self.read(split, corpus) for split, corpus in zip(self.splits, corpora, strict=True)
+        )
+        by_text = answer_by_text(trained, asked)
+        by_image = answer_by_image(trained, corpora[0], asked, corpora[1])
+
+        figures = {
+            "text only": self.metrics(asked.items, by_text),
+            "image only": self.metrics(asked.items, by_image),
+        }
+        return entry_of(self.files, len(asked), figures)
+
+
+@dataclass(frozen=True)
+class RegionFiles:
+    """Hold the files of a task that points at regions; see AnswerFiles. A pair of stores is that of
+    annotated boxes and that of detected ones.
+    """
+
+    task: Pointing
+    read: Callable[[str, TwoStores], Records]
+    stores: tuple[tuple[Path | None, Path | None], tuple[Path | None, Path | None]]
+    splits: tuple[str, str]
+    files: tuple[Path, ...]
+
+    def entry(self) -> dict[str, Any]:
+        """Return the figures of regions in a random order, and by the image alone."""
+        stores = [TwoStores(*map(opened, pair), MOST_REGIONS) for pair in self.stores]
+        trained, asked = (
+            self.read(split, both) for split, both in zip(self.splits, stores, strict=True)
+        )
+        tokenizer = CaptionTokenizer(str(stores[0].corpora[0].stores[0].path / VOCABULARY))
+        found: dict[str, dict[str, float]] = {"chance": {}, "image only": {}}
+        of_train, of_test = (
+            samples_by_way(self.task, records, both, tokenizer, MOST_TOKENS)
+            for records, both in ((trained, stores[0]), (asked, stores[1]))
+        )
+
+        for end, samples in of_test.items():
+            most = self.task.most
+            ranked = {
+                "chance": rank_by_chance(samples, most),
+                "image only": rank_by_image(of_train[end], trained, samples, most),
+            }
+            for name, best in ranked.items():
+                values = self.task.metrics(asked.items, best, "plain")
+                found[name] |= {f"{figure}{end}": value for figure, value in values.items()}
+
+        return entry_of(self.files, len(asked), found)
+
+
+def opened(path: Path | None) -> Corpus | None:
+    """Open a store, if there is one."""
+    return Corpus([str(path)]) if path else None
+
+
+def tasks_in(folder: Path) -> Iterator[AnswerFiles | RegionFiles]:
+    """Yield the tasks of a generated world."""
+    both = folder / "train", folder / "test"
+
+    def vqa(split: str, kind: str) -> str:
+        return str(folder / "vqa" / f"{split}_{kind}.json")
+
+    yield AnswerFiles(
+        vqa_metrics,
+        lambda split, corpus: read_vqa(
+            [vqa(split, "questions")], [vqa(split, "annotations")], corpus
+        ),
+        both,
+        SPLITS,
+        (Path(vqa("test", "questions")), Path(vqa("test", "annotations"))),
+    )
+    yield AnswerFiles(
+        gqa_metrics,
+        lambda split, corpus: read_gqa(
+            [str(folder / "gqa" / f"{split}_balanced_questions.json")], corpus
+        ),
+        both,
+        SPLITS,
+        (folder / "gqa" / "test_balanced_questions.json",),
+    )
+    yield AnswerFiles(
+        vgqa_metrics,
+        lambda split, corpus: read_vgqa(
+            [str(folder / "vgqa" / f"{split}_question_answers.json")], "valid", 0, corpus
+        ),
+        both,
+        SPLITS,
+        (folder / "vgqa" / "test_question_answers.json",),
+    )
+    yield AnswerFiles(
+        snli_ve_metrics,
+        lambda split, corpus: read_pairs(
+            [str(folder / "snli_ve" / f"snli_ve_{split}.jsonl")], corpus
+        ),
+        both,
+        SPLITS,
+        (folder / "snli_ve" / "snli_ve_test.jsonl",),
+    )
+    pairs = folder / "nlvr2"
+    yield AnswerFiles(
+        nlvr2_metrics,
+        lambda split, corpus: read_statements([str(pairs / f"{split}.json")], corpus),
+        (pairs / "train", pairs / "dev"),
+        ("train", "dev"),
+        (pairs / "dev.json",),
+    )
+    games = folder / "guesswhat"
+    boxes = folder / "train_boxes", folder / "test_boxes"
+    yield AnswerFiles(
+        oracle_metrics,
+        lambda split, corpus: read_turns([str(games / f"guesswhat.{split}.jsonl.gz")], corpus),
+        boxes,
+        SPLITS,
+        (games / "guesswhat.test.jsonl.gz",),
+    )
+    yield from pointing_in(folder)
+
+
+def pointing_in(folder: Path) -> Iterator[RegionFiles]:
+    """Yield the tasks of a generated world that point at regions."""
+    detected = folder / "train", folder / "test"
+    boxes = folder / "train_boxes", folder / "test_boxes"
+    both = (boxes[0], detected[0]), (boxes[1], detected[1])
+    refs = folder / "refcoco" / "refs(unc).p", folder / "refcoco" / "instances.json"
+    dataset = folder / "visual7w" / "dataset.json"
+    entities = folder / "flickr30k_entities"
+    games = folder / "guesswhat"
+
+    yield RegionFiles(
+        REFCOCO,
+        lambda split, stores: read_expressions(*map(str, refs), split, stores),
+        both,
+        ("train", "val"),
+        refs,
+    )
+    yield RegionFiles(
+        VISUAL7W,
+        lambda split, stores: read_visual7w(str(dataset), split, stores),
+        both,
+        SPLITS,
+        (dataset,),
+    )
+    yield RegionFiles(
+        ENTITIES,
+        lambda split, stores: read_phrases(str(entities), str(entities / f"{split}.txt"), stores),
+        ((None, detected[0]), (None, detected[1])),
+        SPLITS,
+        (entities / "test.txt",),
+    )
+    yield RegionFiles(
+        GUESSER,
+        lambda split, stores: read_dialogues([str(games / f"guesswhat.{split}.jsonl.gz")], stores),
+        ((boxes[0], None), (boxes[1], None)),
+        SPLITS,
+        (games / "guesswhat.test.jsonl.gz",),
+    )
+
+
+def write_baselines(folder: Path) -> None:
+    """Write the figures of all tasks of a generated world that read only one side."""
+    tasks = progress(list(tasks_in(folder)), desc="baselines of tasks", unit="task")
+    write_json(folder / FILE, {"entries": [task.entry() for task in tasks]})
+
+
+def write_vcr_baselines(folder: Path) -> None:
+    """Write the figures of options of VCR that are chosen without the image."""
+    stores = [VcrImages(Corpus([str(folder / split)]), None, MOST_REGIONS) for split in SPLITS]
+    files = [folder / f"{split}.jsonl" for split in SPLITS]
+    trained, asked = (
+        read_vcr(str(file), images).items for file, images in zip(files, stores, strict=True)
+    )
+    figures = {
+        "word overlap": vcr_metrics(asked, *scores_by_overlap(asked)),
+        "text only": vcr_metrics(asked, *TextOnly(trained).scores(asked)),
+    }
+    write_json(folder / FILE, {"entries": [entry_of(files[1:], len(asked), figures)]})

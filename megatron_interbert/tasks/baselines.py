@@ -1,0 +1,50 @@
+"""Keep what can be reached on generated files without reading text and image together, and show it
+beside results on those files.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_interbert.files import file_sha256
+from megatron_interbert.reading import is_there, read_json
+
+FILE = "baselines.json"  # in the folder of the files, or the one above
+ABOVE = 2
+
+Figures = Mapping[str, Mapping[str, float]]  # figures by the name of a baseline
+
+
+def entry_of(files: Sequence[str | Path], samples: int, figures: Figures) -> dict[str, Any]:
+    """Return the entry for FILE of some of the samples of files: each baseline's figures on them."""
+    hashes = [file_sha256(file) for file in files]
+    return {"files": hashes, "samples": samples, "figures": dict(figures)}
+
+
+def baselines_of(files: Sequence[str | Path], samples: int) -> list[dict[str, Any]]:
+    """Return the baselines that are known for so many samples of some files, as `results.table`
+    shows them; none if there is no FILE near the first of them, or if it is about others.
+    """
+    if not files:
+        return []
+
+    above = [Path(files[0]).resolve().parents[n] / FILE for n in range(ABOVE)]
+    found = next((path for path in above if is_there(path)), None)
+    if found is None:
+        return []
+
+    hashes = {file_sha256(file) for file in files}
+    entries = read_json(found, str(found)).get("entries", [])
+    figures = next(
+        (
+            entry["figures"]
+            for entry in entries
+            if hashes.issuperset(entry["files"]) and entry["samples"] == samples
+        ),
+        {},
+    )
+
+    return [
+        {"model": name, "part": "", "source": f"a baseline of {found}", "figures": values}
+        for name, values in figures.items()
+    ]
