@@ -16,7 +16,7 @@ Figures = Mapping[str, Mapping[str, float]]  # figures by the name of a baseline
 
 
 def entry_of(files: Sequence[str | Path], samples: int, figures: Figures) -> dict[str, Any]:
-    """Return the entry for FILE of some of the samples of files: each baseline's figures on them."""
+    """Return the entry for FILE of so many samples of some files: the figures of each baseline."""
     hashes = [file_sha256(file) for file in files]
     return {"files": hashes, "samples": samples, "figures": dict(figures)}
 
