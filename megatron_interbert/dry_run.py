@@ -33,7 +33,6 @@ from megatron_interbert.data.packing import PackedBatch, pack, to_batch
 from megatron_interbert.errors import UsageError, run_entry
 from megatron_interbert.files import check_output, json_text, write_output
 from megatron_interbert.machines.processes import aligned, quiet_libraries
-from megatron_interbert.model.interbert import PRETRAINING_HEADS
 from megatron_interbert.model.presets import check_words, with_usual_data
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.planning.layout import rank_parameters
@@ -42,7 +41,12 @@ from megatron_interbert.planning.timing import MACHINES
 from megatron_interbert.planning.traffic import Traffic, step_traffic
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import sizes_of_model
-from megatron_interbert.tasks.pretraining import PretrainingTask, pretraining_job
+from megatron_interbert.tasks.pretraining import (
+    PretrainingTask,
+    heads_of,
+    model_options,
+    pretraining_job,
+)
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import agree_with_json, described_offload, merge
 from megatron_interbert.training.micro_batch import layout_of
@@ -190,7 +194,9 @@ def rehearse_rank(task: tuple[DryRunConfig, int]) -> Rehearsal | str:
 def random_job(config: DryRunConfig) -> Job:
     """Return a job whose samples are random."""
     sizes, _ = with_usual_data(sizes_of_model(config))
-    return Job(PretrainingTask(config.objective_names()), None, sizes, PRETRAINING_HEADS, {}, "")
+    heads = heads_of(config, has_labels=True)
+    options = model_options(config)
+    return Job(PretrainingTask(config), None, sizes, heads, {}, "", model_options=options)
 
 
 def micro_batches(config: DryRunConfig, job: Job, state: VirtualState) -> list[PackedBatch]:

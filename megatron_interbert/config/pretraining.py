@@ -5,6 +5,14 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_interbert.config.model import ModelConfig
+from megatron_interbert.config.objectives import (
+    USUAL,
+    USUAL_WEIGHTS,
+    WITHOUT_LABELS,
+    check_mix,
+    read_objectives,
+    read_weights,
+)
 from megatron_interbert.config.options import AUTO, FREE, SAME, setting
 from megatron_interbert.config.stores import split_paths
 from megatron_interbert.config.training import TrainConfig
@@ -65,8 +73,43 @@ class RunConfig(TrainConfig):
         True, "batch samples of similar length, to give ranks nearly equal numbers of tokens", SAME
     )
     objectives: str = setting(
-        "msm,mrm,itm",
-        "comma-separated losses to train on (for ablations)",
+        ",".join(USUAL),
+        "losses to train on, comma-separated: msm words, mrm and mrc classes of regions (whole"
+        " distribution, most likely one), mrfr their features, itm matching, wra alignment",
+        SAME,
+        group="optimisation",
+        fitted=True,
+    )
+    objective_weights: str = setting(
+        "",
+        "factors of losses, such as mrfr:0.5,wra:0.1; default: 0.1 for wra, else 1",
+        SAME,
+        group="optimisation",
+    )
+    objective_mix: str = setting(
+        "",
+        "train each step on one objective, drawn by these weights, such as itm:2,msm:2,mrfr:1"
+        " (UNITER); its pairs are masked only for it; default: all in every step",
+        SAME,
+        group="optimisation",
+    )
+    mrfr_reduction: str = setting(
+        "mean",
+        "squared errors of a region's feature: their mean (UNITER), or sum (the official code), as"
+        " many times larger as a feature has numbers",
+        SAME,
+        ("mean", "sum"),
+        group="optimisation",
+    )
+    mrfr_normalise: bool = setting(
+        False,
+        "predict features scaled to mean 0 and variance 1 each, whose scales differ otherwise",
+        SAME,
+        group="optimisation",
+    )
+    mrc_confidence: bool = setting(
+        False,
+        "weigh each region's mrc loss by the detector's confidence (LXMERT, VOLTA)",
         SAME,
         group="optimisation",
     )
@@ -197,13 +240,29 @@ class RunConfig(TrainConfig):
         self.refuse_cut_groups(told, share, "--global-batch-size")
 
     def objective_names(self) -> tuple[str, ...]:
-        """Return the losses to train on; raises UsageError for a name other than msm, mrm, itm."""
-        names = tuple(name for name in self.objectives.split(",") if name)
-        for name in names:
-            if name not in ("msm", "mrm", "itm"):
-                raise UsageError(f"--objectives: unknown '{name}', expected some of msm,mrm,itm")
+        """Return the losses to train on; raises UsageError for an unknown name."""
+        return read_objectives(self.objectives)
 
-        return names
+    def weights_of_objectives(self) -> dict[str, float]:
+        """Return the factor of each loss to train on."""
+        given = read_weights(self.objective_weights, "--objective-weights")
+        return dict.fromkeys(self.objective_names(), 1.0) | USUAL_WEIGHTS | given
+
+    def mix(self) -> dict[str, float]:
+        """Return by which weights the objective of a step is drawn; empty: all in every step."""
+        return read_weights(self.objective_mix, "--objective-mix")
+
+    def fit_objectives(self, has_labels: bool) -> None:
+        """Take objectives that need no classes for regions without labels, and those of
+        --objective-mix, unless --objectives are given.
+        """
+        if not self.is_default("objectives"):
+            return
+        if mix := self.mix():
+            self.fit("objectives", ",".join(mix), "those of --objective-mix")
+        elif not has_labels:
+            reason = "the regions have no class labels to predict"
+            self.fit("objectives", ",".join(WITHOUT_LABELS), reason)
 
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
@@ -219,4 +278,9 @@ class RunConfig(TrainConfig):
                 "--eval-interval needs --valid-data-path, the region store to evaluate on"
             )
 
-        self.objective_names()
+        names = self.objective_names()
+        for name in read_weights(self.objective_weights, "--objective-weights"):
+            if name not in names:
+                raise UsageError(f"--objective-weights: {name} is not among --objectives {names}")
+        if (mix := self.mix()) and not self.is_default("objectives"):
+            check_mix(mix, names)

@@ -132,7 +132,7 @@ class SampleOrder:
 
         return int(number), int(sample)
 
-    def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
+    def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, ...]]:
         """Return (pass, sample id) at positions of one optimizer step, which begins at position
         `step_start`.
         """
@@ -151,8 +151,17 @@ class StepOrder(SampleOrder):
     samples that share something with all others of their step.
     """
 
-    def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, int]]:
+    def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, ...]]:
         return [(step_start, self.at(position)[1]) for position in positions]
+
+
+class SteppedOrder(SampleOrder):
+    """Represent the same order with (pass, sample, first position of the optimizer step), for
+    samples that are made in another way in each step.
+    """
+
+    def pairs(self, positions: Sequence[int], step_start: int) -> list[tuple[int, ...]]:
+        return [(*self.at(position), step_start) for position in positions]
 
 
 def epochs_from_weights(weights: Sequence[float], sizes: Sequence[int]) -> list[float]:

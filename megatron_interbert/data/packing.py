@@ -73,6 +73,7 @@ class PackedBatch:
     mrm_class_probs: torch.Tensor  # [Mr, k]
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
+    mrm_regions: torch.Tensor = field(default_factory=no_indexes)  # [Mr] the same as regions
     # the right answers of a downstream task
     labels: torch.Tensor = field(default_factory=no_indexes)
     # [labels] for a task with several answers to a sample: the sample and the score of each
@@ -91,7 +92,8 @@ class PackedBatch:
     # [Q, I] for a batch whose last Q * I pairs are Q texts with each of I images: True for images
     # that a text must not choose
     no_choice: torch.Tensor = field(default_factory=lambda: torch.zeros(0, 0, dtype=torch.bool))
-    head: str = ""  # the downstream task whose head the batch is for
+    # the downstream task whose head the batch is for, or the only objective of pretraining
+    head: str = ""
     max_text: int = 0  # most tokens of a text, of an image, and of both together in a sample
     max_image: int = 0
     max_joint: int = 0
@@ -221,6 +223,7 @@ def pack(examples: Sequence[Example], feature_dim: int) -> PackedBatch:
             "mrm_positions": (
                 layout["region_rows"][is_target] if labelled else np.zeros(0, np.int64)
             ),
+            "mrm_regions": np.flatnonzero(is_target) if labelled else np.zeros(0, np.int64),
             "mrm_class_ids": _join(
                 [e.class_ids for e in pictured] if labelled else [], np.int64, (width,), is_target
             ),

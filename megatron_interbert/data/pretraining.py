@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_interbert.config.objectives import OF_CLASSES, OF_REGIONS, WITHOUT_LABELS
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.masking import mask_regions, mask_tokens, within, word_draws
-from megatron_interbert.data.order import SampleOrder, epochs_from_weights
+from megatron_interbert.data.order import SampleOrder, SteppedOrder, epochs_from_weights
 from megatron_interbert.data.packing import PackedBatch, image_locations, lay_out, to_batch
-from megatron_interbert.data.randomness import uniforms
+from megatron_interbert.data.randomness import CounterRandom, uniforms
 from megatron_interbert.data.region_batch import Allocate, plain_memory, read_regions
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
@@ -21,6 +22,7 @@ from megatron_interbert.errors import UsageError
 NEGATIVE = 2
 WORDS = 3
 REGIONS = 4
+OBJECTIVE = 10
 
 
 class PretrainingSet:
@@ -46,7 +48,9 @@ class PretrainingSet:
             self.samples[(self.samples >= a) & (self.samples < b)]
             for a, b in np.lib.stride_tricks.sliding_window_view(corpus.first_caption, 2)
         ]
-        self.order = SampleOrder(
+        self.mix = config.mix()
+        order = SteppedOrder if self.mix else SampleOrder
+        self.order = order(
             parts,
             config.fit_partitions(min(len(part) for part in parts)),
             config.seed,
@@ -61,11 +65,12 @@ class PretrainingSet:
                 " pair can be drawn; train on captions of two or more images"
             )
 
-        if "mrm" in config.objective_names() and not corpus.has_labels:
+        unlabelled = [name for name in config.objective_names() if name in OF_CLASSES]
+        if unlabelled and not corpus.has_labels:
             raise UsageError(
-                f"--data-path {corpus.path}: its regions have no class labels, so masked regions"
-                " cannot be predicted; train with --objectives msm,itm or build the store from"
-                " features with labels"
+                f"--data-path {corpus.path}: its regions have no class labels, so"
+                f" {' and '.join(unlabelled)} cannot be trained; train with --objectives"
+                f" {','.join(WITHOUT_LABELS)}, or build the store from features with labels"
             )
 
         self.has_hard_negatives = corpus.has_hard_negatives()
@@ -89,23 +94,30 @@ class PretrainingSet:
         return regions + np.minimum(self.corpus.caption_bytes() // 5, self.config.max_tokens)
 
     def __getitem__(self, positions: Sequence[int]) -> PackedBatch:
-        return to_batch(self.fields([self.order.at(position) for position in positions]))
+        return to_batch(self.fields(self.order.pairs(positions, positions[0])))
 
-    def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate = plain_memory) -> Fields:
-        """Build the fields of a PackedBatch for (epoch, sample) pairs [B]; the features are in the
-        memory that `allocate` returns.
+    def fields(self, pairs: Sequence[tuple[int, ...]], allocate: Allocate = plain_memory) -> Fields:
+        """Build the fields of a PackedBatch for (epoch, sample) pairs [B], with a mix of objectives
+        for (epoch, sample, step); the features are in the memory that `allocate` returns.
         """
-        epochs, samples = np.array(pairs, dtype=np.int64).T
+        epochs, samples, *steps = np.array(pairs, dtype=np.int64).T
+        only = self._objective_of(int(steps[0][0])) if steps else ""
         words = word_draws(self.config.max_tokens - 2)
         wanted = [(NEGATIVE, 0, 8), (WORDS, 0, words), (REGIONS, 0, self.config.max_regions)]
         for_captions, for_words, for_regions = uniforms(self.config.seed, epochs, samples, wanted)
-        captions = self._draw_captions(epochs, samples, for_captions)
-        text = self._text(samples, captions, for_words)
+        captions = samples
+        if only in ("", "itm"):
+            captions = self._draw_captions(epochs, samples, for_captions)
+
+        text = self._text(samples, captions, for_words, only in ("", "msm"))
         regions = read_regions(
             self.corpus, self.corpus.caption_image[samples], self.config.max_regions, allocate
         )
         layout = lay_out(text.pop("lengths"), regions.counts)
-        hidden = mask_regions(regions.boxes, regions.offsets, self.config.masking, for_regions)
+        hidden = np.zeros(len(regions.features), bool)
+        if not only or only in OF_REGIONS:
+            hidden = mask_regions(regions.boxes, regions.offsets, self.config.masking, for_regions)
+
         owner, _ = within(regions.offsets)
         is_target = hidden & (captions == samples)[owner]
 
@@ -116,11 +128,19 @@ class PretrainingSet:
             "locations": image_locations(layout, regions.locations()),
             "hidden_regions": np.flatnonzero(hidden),
             "mrm_positions": layout["region_rows"][is_target],
+            "mrm_regions": np.flatnonzero(is_target),
             "mrm_class_ids": regions.class_ids[is_target].astype(np.int64),
             "mrm_class_probs": regions.class_probs[is_target],
             "mismatched": (captions != samples).astype(np.int64),
             "sample_ids": samples,
+            "head": only,
         }
+
+    def _objective_of(self, step: int) -> str:
+        """Draw the only objective of a step, which begins at a position of the stream."""
+        weights = np.cumsum(list(self.mix.values()))
+        draw = CounterRandom(self.config.seed, OBJECTIVE, 0, step).uniform(1)[0]
+        return list(self.mix)[int(np.searchsorted(weights, draw * weights[-1], side="right"))]
 
     def draw_captions(self, epochs: np.ndarray, samples: np.ndarray) -> np.ndarray:
         """Draw the caption shown with each sample's image, int64 [B]: its own half the time, else
@@ -173,13 +193,20 @@ class PretrainingSet:
 
         return candidates[self.samples[place] == candidates]
 
-    def _text(self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray) -> Fields:
-        """Build the token fields, and the lengths [B] of the texts with [CLS] and [SEP]."""
+    def _text(
+        self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray, masked: bool
+    ) -> Fields:
+        """Build the token fields, and the lengths [B] of the texts with [CLS] and [SEP]; words are
+        hidden if `masked`.
+        """
         config = self.config
         tokenizer = self.tokenizer
         longest = config.max_tokens - 2
         tokens = self.corpus.tokens(captions, tokenizer, longest)
-        shown, targets = mask_tokens(tokens, tokenizer, config.masking, draws)
+        shown, targets = tokens.ids, np.zeros(len(tokens.ids), bool)
+        if masked:
+            shown, targets = mask_tokens(tokens, tokenizer, config.masking, draws)
+
         owner, _ = within(tokens.offsets)
         if not config.msm_on_mismatched:
             targets &= (captions == samples)[owner]

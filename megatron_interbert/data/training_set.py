@@ -22,7 +22,7 @@ class TrainingSet(Protocol):
     feature_dim: int
     most_rows: int  # the most regions that a micro-batch can have; 0 for text alone
 
-    def fields(self, pairs: Sequence[tuple[int, int]], allocate: Allocate) -> Fields:
-        """Build the fields of a PackedBatch for (epoch, sample) pairs [B]; the features are in the
-        memory that `allocate` returns.
+    def fields(self, pairs: Sequence[tuple[int, ...]], allocate: Allocate) -> Fields:
+        """Build the fields of a PackedBatch for what the order's `pairs` returns [B]; the features
+        are in the memory that `allocate` returns.
         """

@@ -84,6 +84,21 @@ class RegionHead(nn.Module):
         return self.decoder(self.transform(hidden))
 
 
+class FeatureHead(nn.Module):
+    """Predict the features of masked regions (MRFR): [M, H] -> [M, F], by the transposed projection
+    of features into the model (UNITER).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.transform = Transform(config)
+        self.bias = nn.Parameter(torch.empty(config.feature_dim))
+
+    def forward(self, hidden: torch.Tensor, projection: torch.Tensor) -> torch.Tensor:
+        """Return features from states and the projection [H, F]."""
+        return self.transform(hidden) @ projection + self.bias
+
+
 class SentenceHead(nn.Module):
     """Classify texts as BERT does: [CLS] [B, H], Linear, tanh, dropout, Linear -> [B, labels]."""
 

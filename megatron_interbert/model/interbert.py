@@ -21,6 +21,7 @@ from megatron_interbert.kernels.sequences import Sequences
 from megatron_interbert.model.embeddings import ImageEmbedding, TextEmbedding
 from megatron_interbert.model.experts import Experts
 from megatron_interbert.model.heads import (
+    FeatureHead,
     Pooler,
     RegionHead,
     RegionScores,
@@ -45,8 +46,8 @@ class InterBertOutput(NamedTuple):
     module's output only in tuples, lists and dicts.
     """
 
-    text_hidden: torch.Tensor | None  # [Nt, H], with `everything`
-    image_hidden: torch.Tensor | None  # [Ni, H], with `everything`
+    text_hidden: torch.Tensor | None  # [Nt, H], with `everything` or a model with `states`
+    image_hidden: torch.Tensor | None  # [Ni, H], the same
     pooled_text: torch.Tensor | None  # [B, P]
     pooled_image: torch.Tensor | None = None  # [B with image, P]
     msm_losses: torch.Tensor | None = None  # [Mt]
@@ -54,6 +55,7 @@ class InterBertOutput(NamedTuple):
     # [Mt, padded vocabulary / tensor-parallel ranks], with `everything`, instead of the losses
     msm_logits: torch.Tensor | None = None
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
+    mrfr_features: torch.Tensor | None = None  # [Mr, F]
     # [B, 2], or [pairs, 2] for a batch that lists its pairs; class 0 = matched
     itm_logits: torch.Tensor | None = None
     choice_logit: torch.Tensor | None = None  # [B, 1]
@@ -107,11 +109,12 @@ def build_stack(
 
 
 class InterBert(nn.Module):
-    """Build the whole model, with any heads of msm, mrm, itm, choice, sentence (of `num_labels`),
-    and those of downstream tasks by name.
+    """Build the whole model, with any heads of msm, mrm, mrfr, itm, choice, sentence (of
+    `num_labels`), and those of downstream tasks by name.
 
     Parameters are uninitialised until drawn or loaded. `text_only` builds the text path alone:
-    BERT's topology. `rule` limits and balances the load of experts in training.
+    BERT's topology. `rule` limits and balances the load of experts in training. With `states`
+    every forward pass returns the hidden states of all tokens.
     """
 
     def __init__(
@@ -127,6 +130,7 @@ class InterBert(nn.Module):
         num_labels: int = 2,
         text_only: bool = False,
         task_heads: Mapping[str, TaskHead] | None = None,
+        states: bool = False,
     ) -> None:
         super().__init__()
         state = state or ParallelState()
@@ -136,6 +140,7 @@ class InterBert(nn.Module):
         config.check_tensor_parallel(state.tensor_size)
         config.check_expert_parallel(state.expert_size)
         self.divides_experts = state.expert_size > 1
+        self.returns_states = states
         self.config = config
         self.text_embedding = TextEmbedding(config, state.tensor_group, kernels)
         if not text_only:
@@ -160,6 +165,8 @@ class InterBert(nn.Module):
             self.msm_head = WordHead(config, state.tensor_group, kernels)
         if "mrm" in heads:
             self.mrm_head = RegionHead(config)
+        if "mrfr" in heads:
+            self.mrfr_head = FeatureHead(config)
         if "itm" in heads:
             self.itm_head = nn.Linear(config.pooled_size, 2)
         if "choice" in heads:
@@ -191,13 +198,14 @@ class InterBert(nn.Module):
         ]
         image_rows = [
             batch.summary_rows,
-            regions if hasattr(self, "mrm_head") else regions[:0],
+            regions if self._predicts_regions else regions[:0],
             batch.candidates,
         ]
-        read = None if everything else (torch.cat(text_rows), torch.cat(image_rows))
+        whole = everything or self.returns_states
+        read = None if whole else (torch.cat(text_rows), torch.cat(image_rows))
         text, image, reports = self.encode(batch, read)
 
-        if everything:
+        if whole:
             first, words = (text.index_select(0, rows) for rows in text_rows)
             summaries, regions, candidates = (image.index_select(0, rows) for rows in image_rows)
         else:
@@ -224,13 +232,16 @@ class InterBert(nn.Module):
 
         if hasattr(self, "mrm_head") and calls_all:
             found["mrm_logits"] = self.mrm_head(regions).float()
+        if hasattr(self, "mrfr_head") and calls_all:
+            projection = self.image_embedding.feature.weight
+            found["mrfr_features"] = self.mrfr_head(regions, projection).float()
         if hasattr(self, "sentence_head"):
             found["sentence_logits"] = self.sentence_head(first).float()
         if pooled_image is not None:
             paired = pooled_text[:0] if imageless else pooled_text
             found |= self._judge_pairs(paired, pooled_image, candidates, batch)
 
-        states = (text, image) if everything else (None, None)
+        states = (text, image) if whole else (None, None)
 
         return InterBertOutput(*states, pooled_text, pooled_image, **found)
 
@@ -307,6 +318,11 @@ class InterBert(nn.Module):
         image, of_image = self.image_stream(image, images, image_rows)
 
         return text, image, of_interaction + of_text + of_image
+
+    @property
+    def _predicts_regions(self) -> bool:
+        """Check whether a head predicts something of masked regions."""
+        return hasattr(self, "mrm_head") or hasattr(self, "mrfr_head")
 
     @property
     def _waits_for_images(self) -> bool:

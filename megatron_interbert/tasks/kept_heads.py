@@ -11,7 +11,7 @@ def kept_head(name: str, source: WeightSource) -> dict[str, Any]:
 
     Raises UsageError if it has none.
     """
-    heads = source.facts.get("heads") or {}
+    heads = source.facts.get("task_heads") or {}
     if name not in heads:
         had = f"heads for {', '.join(heads)}" if heads else "no head of a task"
         raise UsageError(

@@ -1,49 +1,119 @@
-"""Compute the three pretraining losses: masked segments, masked regions, image-text matching.
+"""Compute the losses of pretraining: masked words and regions, matching, alignment.
 
 Each is divided by the number of its targets in the whole optimizer step (over ranks and gradient
 accumulation), so the same global batch gives the same loss and gradient on every layout.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
+from megatron_interbert.config.objectives import OBJECTIVES, OF_CLASSES, USUAL
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.files import file_sha256
-from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBertOutput
+from megatron_interbert.model.interbert import InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.alignment import alignment_distances
 from megatron_interbert.tasks.parts import (
     describe_data,
     fitted_sizes,
     open_stores,
     vocabulary_of_run,
 )
+from megatron_interbert.tasks.region_losses import (
+    feature_losses,
+    hard_label,
+    hard_label_losses,
+    soft_label_kl,
+)
 from megatron_interbert.tasks.task import Job
 
-OBJECTIVES = ("msm", "mrm", "itm")
+JOINED = {"itm": ("wra",)}  # objectives that a mix trains in the steps of another
+WITH_ACCURACY = ("msm", "mrm", "mrc", "itm")
+Sums = tuple[torch.Tensor, torch.Tensor]  # of losses and of right answers, scalars
 
 
 class PretrainingTask:
     """Compute the loss and the report of a batch.
 
-    Only the losses in `objectives` are trained on; all three are always reported.
+    Only the losses of the configuration's objectives are trained on. The usual three are always
+    reported, those of classes only if the regions have some (`has_labels`).
     """
 
-    def __init__(self, objectives: Sequence[str] = OBJECTIVES) -> None:
-        self.trained = torch.tensor([name in objectives for name in OBJECTIVES])
+    def __init__(self, config: RunConfig | None = None, has_labels: bool = True) -> None:
+        config = config or RunConfig()
+        self.config = config
+        self.objectives = config.objective_names()
+        usual = [name for name in USUAL if has_labels or name not in OF_CLASSES]
+        self.names = tuple(n for n in OBJECTIVES if n in usual or n in self.objectives)
+        self.report_shape = (len(self.names), 3)
+        weights = config.weights_of_objectives()
+        # the factor of each loss in a batch for all objectives (""), and in one for a single one
+        self.factors = {
+            only: torch.tensor([self._factor(name, only, weights) for name in self.names])
+            for only in ("", *config.mix())
+        }
+        self.losses: dict[str, Callable[[InterBertOutput, PackedBatch], Sums]] = {
+            "msm": masked_words,
+            "mrm": masked_classes,
+            "mrc": self._likely_classes,
+            "mrfr": self._features,
+            "itm": matching,
+            "wra": alignment,
+        }
 
-    report_shape = (len(OBJECTIVES), 3)
+    def _factor(self, name: str, only: str, weights: dict[str, float]) -> float:
+        drawn = not only or name == only or name in JOINED.get(only, ())
+        return weights[name] if name in self.objectives and drawn else 0.0
 
-    @staticmethod
-    def count_targets(batch: PackedBatch) -> torch.Tensor:
-        """Return the number of MSM, MRM and ITM targets in a batch, float64 [3]."""
-        return batch.target_counts()
+    def _likely_classes(self, output: InterBertOutput, batch: PackedBatch) -> Sums:
+        losses, labels = hard_label_losses(
+            output.mrm_logits,
+            batch.mrm_class_ids,
+            batch.mrm_class_probs,
+            self.config.mrc_confidence,
+        )
+        return losses.sum(), (output.mrm_logits.argmax(dim=1) == labels).sum()
+
+    def _features(self, output: InterBertOutput, batch: PackedBatch) -> Sums:
+        losses = feature_losses(
+            output.mrfr_features,
+            batch,
+            self.config.mrfr_normalise,
+            self.config.mrfr_reduction,
+        )
+        return losses.sum(), losses.new_zeros(())
+
+    def count_targets(self, batch: PackedBatch) -> torch.Tensor:
+        """Return the number of targets of each objective in a batch, float64 [objectives]."""
+        words, regions, images = batch.target_counts().tolist()
+        counts = {"msm": words, "itm": images, "wra": images}
+        drawn = self._drawn(batch)
+        return torch.tensor(
+            [counts.get(name, regions) if name in drawn else 0 for name in self.names],
+            dtype=torch.float64,
+        )
+
+    def _sums(self, name: str, output: InterBertOutput, batch: PackedBatch) -> Sums:
+        """Return the sums of an objective; wra, which has no parameters, is not computed in vain."""
+        if name == "wra" and name not in self._drawn(batch):
+            nothing = output.itm_logits.new_zeros(())
+            return nothing, nothing
+
+        return self.losses[name](output, batch)
+
+    def _drawn(self, batch: PackedBatch) -> tuple[str, ...]:
+        """Return the objectives that a batch is for."""
+        if not batch.head:
+            return self.names
+        return (batch.head, *JOINED.get(batch.head, ()))
 
     def loss(
         self, output: InterBertOutput, batch: PackedBatch, totals: torch.Tensor
@@ -51,92 +121,94 @@ class PretrainingTask:
         """Return the batch's share of the step's loss, a scalar, and the batch's report.
 
         The loss adds up, over the objectives trained on, summed losses / `totals`, the step's
-        target counts [3]. The report is float32 [3, 3]: rows msm, mrm, itm; columns sum of losses,
+        target counts [objectives]. The report is float32 [objectives, 3]: columns sum of losses,
         right answers, targets.
         """
-        regions = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
-        mismatched = batch.mismatched[: len(output.itm_logits)]  # none for texts alone
-        matches = F.cross_entropy(output.itm_logits, mismatched, reduction="none")
-        sums = torch.stack([output.msm_losses.sum(), regions.sum(), matches.sum()])
+        pairs = [self._sums(name, output, batch) for name in self.names]
+        sums = torch.stack([losses for losses, _ in pairs])
+        right = torch.stack([hits.to(sums) for _, hits in pairs])
+
         # A batch without targets of a kind gives 0 / 1, never NaN, and its head still gets a
         # gradient of zeros.
-        self.trained = self.trained.to(sums.device)  # copied once: each copy waits for the device
-        wanted = torch.where(self.trained, sums, 0.0)
+        factors = self.factors[batch.head].to(sums.device)  # copied once: copies wait
+        self.factors[batch.head] = factors
+        wanted = torch.where(factors > 0, sums * factors, 0.0)
         loss = (wanted / totals.to(sums).clamp(min=1.0)).sum()
-        right = torch.stack(
-            [
-                output.msm_right.sum(),
-                (
-                    output.mrm_logits.argmax(dim=1)
-                    == hard_label(batch.mrm_class_ids, batch.mrm_class_probs)
-                ).sum(),
-                (output.itm_logits.argmax(dim=1) == mismatched).sum(),
-            ]
-        )
 
-        return loss, torch.stack(
-            [sums.detach(), right.to(sums), batch.target_counts().to(sums, non_blocking=True)],
-            dim=1,
-        )
+        counts = self.count_targets(batch).to(sums, non_blocking=True)
+        counted = (counts > 0).to(sums) if batch.head else 1.0
+        report = torch.stack([sums.detach() * counted, right * counted, counts], dim=1)
+
+        return loss, report
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Return the loss, accuracy and targets per step of each objective from a report [3, 3]
-        summed over `steps` steps; `loss` is the sum of those trained on.
+        """Return the loss, accuracy and targets per step of each objective from a report summed
+        over `steps` steps; `loss` is the weighted sum of those trained on.
         """
         values = {"loss": 0.0}
+        factors = self.factors[""].tolist()
 
-        for name, (loss, right, targets), trained in zip(
-            OBJECTIVES, report.double().tolist(), self.trained.tolist(), strict=True
-        ):
+        for name, factor, row in zip(self.names, factors, report.double().tolist(), strict=True):
+            loss, right, targets = row
             values[f"{name}_loss"] = loss / max(targets, 1.0)
-            values[f"{name}_accuracy"] = right / max(targets, 1.0)
+            if name in WITH_ACCURACY:
+                values[f"{name}_accuracy"] = right / max(targets, 1.0)
             values[f"{name}_targets"] = targets / steps
-            values["loss"] += values[f"{name}_loss"] if trained else 0.0
+            values["loss"] += factor * values[f"{name}_loss"]
 
         return values
 
-    @staticmethod
-    def line(values: dict[str, float]) -> str:
+    def line(self, values: dict[str, float]) -> str:
         """Return the text for a log line, such as `loss 9.1000 | msm 5.500 (9.5 %) | ..`: each loss
-        with its accuracy.
+        with its accuracy, if it has one.
         """
-        parts = [
-            f"{name} {values[f'{name}_loss']:.3f} ({100 * values[f'{name}_accuracy']:.1f} %)"
-            for name in OBJECTIVES
-        ]
-        return " | ".join([f"loss {values['loss']:.4f}", *parts])
+        parts = [f"loss {values['loss']:.4f}"]
+        for name in self.names:
+            accuracy = values.get(f"{name}_accuracy")
+            hits = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
+            parts.append(f"{name} {values[f'{name}_loss']:.3f}{hits}")
+
+        return " | ".join(parts)
 
 
-def soft_label_kl(
-    logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor
-) -> torch.Tensor:
-    """Return KL(detector || model) of each row [M], summed over classes, from logits float32 [M, C]
-    and top-k labels [M, k].
-
-    The probability that the k entries leave over is spread evenly over the other C - k classes.
-    """
-    log_model = F.log_softmax(logits, dim=1)
-    listed = log_model.gather(1, class_ids)
-    divergence = torch.xlogy(class_probs, class_probs).sum(dim=1) - (class_probs * listed).sum(
-        dim=1
-    )
-    others = logits.shape[1] - class_ids.shape[1]
-
-    if others > 0:
-        rest = (1.0 - class_probs.sum(dim=1)).clamp(min=0.0)
-        share = rest / others
-        divergence = (
-            divergence
-            + torch.xlogy(rest, share)
-            - share * (log_model.sum(dim=1) - listed.sum(dim=1))
-        )
-
-    return divergence
+def masked_words(output: InterBertOutput, batch: PackedBatch) -> Sums:
+    """Return the sums of MSM."""
+    return output.msm_losses.sum(), output.msm_right.sum()
 
 
-def hard_label(class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tensor:
-    """Return the detector's most likely class [M] from top-k labels [M, k]."""
-    return class_ids.gather(1, class_probs.argmax(dim=1, keepdim=True)).squeeze(1)
+def masked_classes(output: InterBertOutput, batch: PackedBatch) -> Sums:
+    """Return the sums of MRM."""
+    losses = soft_label_kl(output.mrm_logits, batch.mrm_class_ids, batch.mrm_class_probs)
+    labels = hard_label(batch.mrm_class_ids, batch.mrm_class_probs)
+    return losses.sum(), (output.mrm_logits.argmax(dim=1) == labels).sum()
+
+
+def matching(output: InterBertOutput, batch: PackedBatch) -> Sums:
+    """Return the sums of ITM."""
+    mismatched = batch.mismatched[: len(output.itm_logits)]  # none for texts alone
+    losses = F.cross_entropy(output.itm_logits, mismatched, reduction="none")
+    return losses.sum(), (output.itm_logits.argmax(dim=1) == mismatched).sum()
+
+
+def alignment(output: InterBertOutput, batch: PackedBatch) -> Sums:
+    """Return the sum of WRA: the distances of matched pairs minus those of mismatched ones."""
+    distances = alignment_distances(output.text_hidden, output.image_hidden, batch)
+    signs = torch.where(batch.mismatched == 0, 1.0, -1.0)
+    return (signs * distances).sum(), distances.new_zeros(())
+
+
+def heads_of(config: RunConfig, has_labels: bool) -> tuple[str, ...]:
+    """Return the heads that pretraining needs."""
+    heads = ["msm", "mrm", "itm"] if has_labels else ["msm", "itm"]
+    if "mrfr" in config.objective_names():
+        heads.append("mrfr")
+
+    return tuple(heads)
+
+
+def model_options(config: RunConfig) -> dict[str, Any]:
+    """Return the further arguments of InterBert that the objectives need."""
+    return {"states": True} if "wra" in config.objective_names() else {}
 
 
 def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
@@ -144,6 +216,7 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
     corpus = open_stores(config.stores(), config)
     tokenizer = vocabulary_of_run(config, config.stores())
     sizes = fitted_sizes(config, tokenizer, corpus)
+    config.fit_objectives(corpus.has_labels)
     samples = PretrainingSet(corpus, tokenizer, config)
     valid = None
 
@@ -152,14 +225,21 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
         corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
         valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
 
-    task = PretrainingTask(config.objective_names())
+    task = PretrainingTask(config, corpus.has_labels)
     data = describe_data(tokenizer, corpus)
     data["mined"] = (
         mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []
     )
 
     return Job(
-        task, samples, sizes, PRETRAINING_HEADS, data, tokenizer.vocab_file, valid_samples=valid
+        task,
+        samples,
+        sizes,
+        heads_of(config, corpus.has_labels),
+        data,
+        tokenizer.vocab_file,
+        model_options=model_options(config),
+        valid_samples=valid,
     )
 
 
@@ -175,7 +255,7 @@ def config_of_validation(config: RunConfig) -> RunConfig:
     Evaluations route each token by itself, so no partition has to hold whole routing groups.
     """
     own = copy.copy(config)
-    own.data_epochs = own.data_weights = ""
+    own.data_epochs = own.data_weights = own.objective_mix = ""
     own.capacity_factor = own.balance_coefficient = 0.0
     own.fitted = config.fitted - {"data_partitions"}
     own.given = config.given - {"data_partitions"}

@@ -17,8 +17,8 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.sources import WeightSource, open_weights, recognise
 from megatron_interbert.weights.views import divided_into_experts, untied
 
-# of downstream tasks; pretrained weights lack them
-NEW_HEADS = ("choice_head.", "sentence_head.", "task_heads.")
+# of downstream tasks and further objectives; pretrained weights lack them
+NEW_HEADS = ("choice_head.", "sentence_head.", "task_heads.", "mrfr_head.")
 
 
 @dataclass(frozen=True)

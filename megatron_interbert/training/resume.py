@@ -316,7 +316,7 @@ def check_same_model(
             " --save, and start from its weights by --init-from"
         )
 
-    if manifest["data"].get("heads") != data.get("heads"):
+    if manifest["data"].get("task_heads") != data.get("task_heads"):
         raise UsageError(
             f"{where}: made with other answers to choose from; give the same files, or another"
             " --save and these weights by --init-from"

@@ -305,7 +305,7 @@ def test_wrong_mixtures_are_refused(paths, tmp_path):
 
 def test_regions_without_labels_cannot_be_predicted(tmp_path):
     path = write_store(tmp_path / "store", images=64, soft_labels="none")
-    with pytest.raises(UsageError, match="train with --objectives msm,itm"):
+    with pytest.raises(UsageError, match="train with --objectives msm,mrfr,itm"):
         dataset([str(path)])
     assert len(dataset([str(path)], objectives="msm,itm")[[0, 1]]) == 2
 

@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.tasks.pretraining import PretrainingTask, hard_label, soft_label_kl
+from megatron_interbert.config.pretraining import RunConfig
+from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.region_losses import hard_label, soft_label_kl
 from megatron_interbert.tasks.retrieval.job import ranks, recall_metrics, retrieval_metrics
 
 
@@ -130,5 +132,5 @@ def test_scores_that_are_not_finite_are_no_perfect_ranking():
 
 def test_untrained_objectives_are_reported_but_not_summed():
     report = torch.tensor([[6.0, 1.0, 4.0], [5.0, 0.0, 1.0], [3.0, 2.0, 2.0]])
-    values = PretrainingTask(("itm",)).metrics(report)
+    values = PretrainingTask(RunConfig(objectives="itm")).metrics(report)
     assert (values["loss"], values["mrm_loss"]) == (1.5, 5.0)

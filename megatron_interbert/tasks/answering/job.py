@@ -117,7 +117,7 @@ def answer_job(
     prepare = (opened.tokenizer, config.max_tokens, config.max_regions, task.side_by_side)
     samples = task.samples(task.name, records, opened.corpus, *prepare)
     data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
-    data["heads"] = {task.name: task.record(answers)}
+    data["task_heads"] = {task.name: task.record(answers)}
 
     job = Job(
         AnswerTask(task.name, task.rows, task.soft),

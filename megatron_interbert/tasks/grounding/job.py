@@ -145,7 +145,7 @@ def region_job(
     samples = RegionSamples(task.name, records, stores, opened.tokenizer, config.max_tokens, among)
     others = [str(s.path / MANIFEST) for corpus in stores.corpora[1:] for s in corpus.stores]
     data = describe_data(opened.tokenizer, stores.corpora[0], [*others, *files], task.name)
-    data["heads"] = {task.name: {"regions": among}}
+    data["task_heads"] = {task.name: {"regions": among}}
     judged = valid[1] if valid else stores
     figures = task.names(judged)
 

@@ -1,0 +1,74 @@
+"""Read the flags that say which losses pretraining trains on."""
+
+from collections.abc import Mapping
+
+from megatron_interbert.config.options import nearest
+from megatron_interbert.errors import UsageError
+
+# what each objective is, in the order in which they are reported
+OBJECTIVES = {
+    "msm": "masked segments of words",
+    "mrm": "classes of masked regions, as the detector's whole distribution (KL)",
+    "mrc": "classes of masked regions, as the detector's most likely one",
+    "mrfr": "features of masked regions",
+    "itm": "image-text matching",
+    "wra": "alignment of words and regions by optimal transport",
+}
+USUAL = ("msm", "mrm", "itm")
+WITHOUT_LABELS = ("msm", "mrfr", "itm")  # for stores whose regions have no classes
+OF_CLASSES = ("mrm", "mrc")
+OF_REGIONS = (*OF_CLASSES, "mrfr")
+USUAL_WEIGHTS = {"wra": 0.1}  # of the loss; others 1
+
+
+def read_objectives(text: str) -> tuple[str, ...]:
+    """Read `msm,mrfr`; raises UsageError for an unknown name."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    for name in names:
+        check_name(name, "--objectives")
+
+    return names
+
+
+def read_weights(text: str, flag: str) -> dict[str, float]:
+    """Read `itm:2,msm:1`; raises UsageError for an unknown name or no positive number."""
+    found: dict[str, float] = {}
+
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, colon, number = part.partition(":")
+        check_name(name.strip(), flag)
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+
+        if not colon or not 0 < weight < float("inf"):
+            raise UsageError(f"{flag}: '{part}', expected NAME:WEIGHT with a positive number")
+
+        found[name.strip()] = weight
+
+    return found
+
+
+def check_name(name: str, flag: str) -> None:
+    """Raise UsageError unless a name is an objective's."""
+    if name not in OBJECTIVES:
+        near = nearest(name, OBJECTIVES)
+        raise UsageError(f"{flag}: unknown '{name}'{near}, expected some of {','.join(OBJECTIVES)}")
+
+
+def check_mix(mix: Mapping[str, float], objectives: tuple[str, ...]) -> None:
+    """Raise UsageError unless a mix draws each objective, and only those; wra has no steps of its
+    own, but joins those of itm.
+    """
+    if "wra" in mix:
+        raise UsageError("--objective-mix: wra has no steps of its own; it joins those of itm")
+    if "wra" in objectives and "itm" not in mix:
+        raise UsageError("--objective-mix: wra needs itm, whose steps it joins")
+
+    drawn = {name for name in objectives if name != "wra"}
+    if set(mix) != drawn:
+        raise UsageError(
+            f"--objective-mix draws {','.join(mix)}, but --objectives are {','.join(objectives)};"
+            " name the same ones"
+        )
