@@ -102,7 +102,7 @@ class PretrainingTask:
         )
 
     def _sums(self, name: str, output: InterBertOutput, batch: PackedBatch) -> Sums:
-        """Return the sums of an objective; wra, which has no parameters, is not computed in vain."""
+        """Return the sums of an objective; wra has no parameters and is not computed in vain."""
         if name == "wra" and name not in self._drawn(batch):
             nothing = output.itm_logits.new_zeros(())
             return nothing, nothing

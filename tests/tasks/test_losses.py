@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_interbert.errors import UsageError
 from megatron_interbert.config.pretraining import RunConfig
+from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.pretraining import PretrainingTask
 from megatron_interbert.tasks.region_losses import hard_label, soft_label_kl
 from megatron_interbert.tasks.retrieval.job import ranks, recall_metrics, retrieval_metrics
