@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,17 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
 
     Raises UsageError that names the file and the key.
     """
-    text = read_text(path, "--config")
+    result = flags_of(config_class, read_mapping(path, "--config"), path)
+    for name in BESIDE:
+        if isinstance(result.get(name), str):
+            result[name] = beside(path, result[name])
+
+    return result
+
+
+def read_mapping(path: str, what: str) -> dict[str, Any]:
+    """Read a YAML file of keys and values; raises UsageError naming `what` for anything else."""
+    text = read_text(path, what)
 
     try:
         values = yaml.safe_load(text) or {}
@@ -34,6 +45,14 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
             " 'lr: 1e-4'"
         )
 
+    return values
+
+
+def flags_of(config_class: type, values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+    """Return settings by name from keys that are flag names, with types and choices checked.
+
+    Raises UsageError that names the key and `where` it stands.
+    """
     entries = {entry.name: entry for entry in dataclasses.fields(config_class)}
     names = {name: name for name in entries}
     for name, facts in rows(config_class):
@@ -44,14 +63,12 @@ def read_yaml(config_class: type, path: str) -> dict[str, Any]:
     for key, value in values.items():
         written = key_of(str(key))
         if written not in names:
-            raise UsageError(f"{path}: unknown key '{key}'{nearest(written, names)}")
+            raise UsageError(f"{where}: unknown key '{key}'{nearest(written, names)}")
 
         name = names[written]
         if name in result:
-            raise UsageError(f"{path}: '{key}' sets {flag(name)} a second time; leave one of them")
-        result[name] = from_yaml(entries[name], value, f"{path}: '{key}'")
-        if name in BESIDE and isinstance(result[name], str):
-            result[name] = beside(path, result[name])
+            raise UsageError(f"{where}: '{key}' sets {flag(name)} a second time; leave one of them")
+        result[name] = from_yaml(entries[name], value, f"{where}: '{key}'")
 
     return result
 

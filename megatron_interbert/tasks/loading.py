@@ -103,11 +103,13 @@ def weight_files(path: Path) -> list[Path]:
 
 
 def as_trained(config: LoadConfig, source: WeightSource, task: str = "") -> None:
-    """Fill in settings that were not given from the training run of the weights, if its task begins
-    with `task`, else from `as_trained` of their `Facts`.
+    """Fill in settings that were not given from the training run of the weights, if it trained
+    `task` alone or among others, else from `as_trained` of their `Facts`.
     """
     fits = str(source.facts.get("task") or "").startswith(task)
     trained = (source.facts.get("run") or {}) if fits else {}
+    head = (source.facts.get("task_heads") or {}).get(task, {})
+    trained = {**trained, **head.get("settings", {})}
 
     for name, facts in rows(config):
         if facts.as_trained is None:

@@ -1,13 +1,16 @@
 """Find the images of samples in region stores, and keep the samples that can be used."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
+from megatron_interbert.data.image_names import match_names
+from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.drops import Drops
+from megatron_interbert.tasks.task import Job
 
 Numbers = Mapping[str, tuple[int, ...]]  # of an image in each store, by its name
 Find = Callable[[Iterable[str]], Numbers]
@@ -122,6 +125,38 @@ def judged(
             yield entry, entry.id, tuple(n for name in entry.images for n in numbers[name]), ""
         else:
             yield None, entry.id, (), "its image is not in the region store"
+
+
+def image_names(records: Records) -> frozenset[str]:
+    """Return the names of all images of records."""
+    return frozenset(name for record in records.items for name in record.images)
+
+
+def leave_out(
+    job: Job, make_set: Callable[[Records], TrainingSet], records: Records, names: Collection[str]
+) -> int:
+    """Take the samples with images of some names, in any spelling, out of a job's training samples,
+    which `make_set` makes from records; return how many these are.
+
+    Raises UsageError if none is left.
+    """
+    own = {name: number for number, name in enumerate(image_names(records))}
+    gone = set(match_names(names, own).values())
+    kept = [
+        row
+        for row, record in enumerate(records.items)
+        if not gone.intersection(own[name] for name in record.images)
+    ]
+    if not kept:
+        raise UsageError(
+            f"{records.files}: every training sample has an image that is evaluated on; give other"
+            " validation files"
+        )
+
+    if len(kept) < len(records):
+        job.samples = make_set(records.take(kept))
+
+    return len(records) - len(kept)
 
 
 def refuse_repeated(records: Iterable[AnyRecord | Rejected], files: str) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from megatron_interbert.tasks.config import EvaluateConfig, FinetuneConfig
@@ -25,6 +26,8 @@ from megatron_interbert.tasks.guesswhat.config import (
 )
 from megatron_interbert.tasks.guesswhat.guesser import evaluate_guesser, guesser_job
 from megatron_interbert.tasks.guesswhat.oracle import evaluate_oracle, oracle_job
+from megatron_interbert.tasks.multitask.config import MultitaskConfig
+from megatron_interbert.tasks.multitask.job import multitask_job
 from megatron_interbert.tasks.nlvr2.config import EvaluateNlvr2Config, Nlvr2Config
 from megatron_interbert.tasks.nlvr2.evaluation import evaluate_nlvr2
 from megatron_interbert.tasks.nlvr2.job import nlvr2_job
@@ -70,8 +73,8 @@ from megatron_interbert.tasks.vqa.visual_genome import (
 
 @dataclass(frozen=True)
 class Row:
-    """Hold the flags of a task's finetuning, what makes its job, the flags of its evaluation, and
-    what runs that; a task may be only evaluated.
+    """Hold the flags of a task's evaluation, what runs it, the flags of its finetuning, and what
+    makes its job; a task may be only evaluated.
     """
 
     evaluate_config: type[EvaluateConfig]
@@ -110,5 +113,7 @@ REGISTRY = {
     ),
     "topic_scores": Row(ScoreTopicsConfig, score_topics),
 }
-FINETUNED = {name: (row.config, row.make_job) for name, row in REGISTRY.items() if row.config}
+SINGLE = {name: (row.config, row.make_job) for name, row in REGISTRY.items() if row.config}
+# several of them in one run are judged one by one
+FINETUNED = {**SINGLE, "multitask": (MultitaskConfig, partial(multitask_job, known=SINGLE))}
 EVALUATED = {name: (row.evaluate_config, row.evaluate) for name, row in REGISTRY.items()}

@@ -3,7 +3,7 @@
 The loop knows nothing else of losses, heads or modalities.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -75,6 +75,12 @@ class Job:
     figures: tuple[str, ...] = ()  # names that `metric` may have
     patience: int = 0  # evaluations without a better metric after which the run ends; 0: never
     valid_samples: TrainingSet | None = None  # for the losses of pretraining
+    # names of the images that are evaluated on, and what takes images of some names out of the
+    # training samples and returns how many samples it has taken out, for several tasks in one run
+    judged_images: frozenset[str] = frozenset()
+    leave_out: Callable[[Collection[str]], int] | None = None
+    # told the step and the metrics of every evaluation, in their order, also by a resumed run
+    note_evaluation: Callable[[int, dict[str, float]], None] | None = None
 
     def __post_init__(self) -> None:
         if self.metric and self.metric not in self.figures:

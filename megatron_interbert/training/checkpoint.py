@@ -68,6 +68,8 @@ class Progress:
     best_value: float | None = None
     stale: int = 0  # evaluations since then
     owes_evaluation: bool = False  # the evaluation of this step has not been done yet
+    # step and metrics of each evaluation, for jobs that are told of them
+    evaluations: list[tuple[int, dict[str, float]]] = dataclasses.field(default_factory=list)
 
     def note(self, value: float) -> bool:
         """Note an evaluation's metric at this step; return whether it is the best so far."""
@@ -309,6 +311,7 @@ class Checkpoints:
             "iteration": progress.step,
             "consumed_samples": progress.consumed_samples,
             "owes_evaluation": progress.owes_evaluation,
+            "evaluations": list(progress.evaluations),
             "best": {
                 "step": progress.best_step,
                 "value": progress.best_value,
@@ -485,6 +488,7 @@ class Checkpoints:
             best.get("value"),
             best.get("stale", 0),
             manifest.get("owes_evaluation", False),
+            [(step, values) for step, values in manifest.get("evaluations", [])],
         )
 
     def _comparable(self, best: dict[str, Any]) -> dict[str, Any]:

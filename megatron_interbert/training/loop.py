@@ -389,6 +389,10 @@ class Trainer:
         self.progress.owes_evaluation = False
         values, summary = figures
         self.writer.write(self.progress.step, values, summary, prefix="valid")
+        if self.job.note_evaluation:
+            self.progress.evaluations.append((step, values))
+            self.job.note_evaluation(step, values)
+
         if not self.checkpoints.judge.metric:
             return False
 

@@ -145,6 +145,9 @@ def begin(
         config, job.model_config, state, job.data, job.vocabulary, claim, judge
     )
     progress = checkpoints.load(engine, start.resume) if start.resume else Progress()
+    if job.note_evaluation:
+        for step, values in progress.evaluations:
+            job.note_evaluation(step, values)
 
     run.say(*config.notes)
     run.say(*describe_run(run, job, plan, engine, start.resume))

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -24,7 +25,7 @@ from megatron_interbert.tasks.parts import (
     open_stores,
     vocabulary_of_run,
 )
-from megatron_interbert.tasks.placing import Records
+from megatron_interbert.tasks.placing import Records, image_names, leave_out
 from megatron_interbert.tasks.task import Job
 
 Metrics = Callable[[Sequence[Record], Sequence[str]], dict[str, float]]
@@ -115,13 +116,18 @@ def answer_job(
     targets = Targets(records, answers)
     say_samples(state, records, targets)
     prepare = (opened.tokenizer, config.max_tokens, config.max_regions, task.side_by_side)
-    samples = task.samples(task.name, records, opened.corpus, *prepare)
+
+    def make_set(records: Records) -> AnswerSet:
+        samples = task.samples(task.name, records, opened.corpus, *prepare)
+        return AnswerSet(samples, Targets(records, answers), config)
+
     data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
-    data["task_heads"] = {task.name: task.record(answers)}
+    settings = {"max_tokens": config.max_tokens, "max_regions": config.max_regions}
+    data["task_heads"] = {task.name: {**task.record(answers), "settings": settings}}
 
     job = Job(
         AnswerTask(task.name, task.rows, task.soft),
-        AnswerSet(samples, targets, config),
+        make_set(records),
         opened.sizes,
         (),
         data,
@@ -131,10 +137,12 @@ def answer_job(
         figures=task.figures,
         patience=config.early_stopping,
     )
+    job.leave_out = partial(leave_out, job, make_set, records)
     if valid is None:
         return job
 
     judged, valid_corpus = valid
+    job.judged_images = image_names(judged)
     if state.is_main:
         print(judged.report(), flush=True)
     if not judged.labelled:

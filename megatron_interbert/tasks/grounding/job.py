@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -31,7 +32,7 @@ from megatron_interbert.tasks.parts import (
     open_stores,
     vocabulary_of_run,
 )
-from megatron_interbert.tasks.placing import Records
+from megatron_interbert.tasks.placing import Records, image_names, leave_out
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.two_stores import TwoStores
 
@@ -142,16 +143,22 @@ def region_job(
 
     stores = opened.stores
     among = task.among or ALL
-    samples = RegionSamples(task.name, records, stores, opened.tokenizer, config.max_tokens, among)
+
+    def make_set(records: Records) -> RegionSet:
+        tokenizer = opened.tokenizer
+        samples = RegionSamples(task.name, records, stores, tokenizer, config.max_tokens, among)
+        return RegionSet(samples, records, config, config.iou)
+
     others = [str(s.path / MANIFEST) for corpus in stores.corpora[1:] for s in corpus.stores]
     data = describe_data(opened.tokenizer, stores.corpora[0], [*others, *files], task.name)
-    data["task_heads"] = {task.name: {"regions": among}}
+    settings = {"max_tokens": config.max_tokens, "max_regions": config.max_regions}
+    data["task_heads"] = {task.name: {"regions": among, "settings": settings}}
     judged = valid[1] if valid else stores
     figures = task.names(judged)
 
     job = Job(
         RegionTask(task.name, config.loss),
-        RegionSet(samples, records, config, config.iou),
+        make_set(records),
         opened.sizes,
         (),
         data,
@@ -161,9 +168,11 @@ def region_job(
         figures=figures,
         patience=config.early_stopping,
     )
+    job.leave_out = partial(leave_out, job, make_set, records)
     if valid is None:
         return job
 
+    job.judged_images = image_names(valid[0])
     if state.is_main:
         print(valid[0].report(), flush=True)
     if not valid[0].labelled:

@@ -1,0 +1,143 @@
+"""Declare the flags for finetuning on several tasks, and read those of each task."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_interbert.config.options import ABOVE_0, FREE, SAME, nearest, redefault, setting
+from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.config.yaml_file import flags_of, read_mapping
+from megatron_interbert.errors import UsageError
+from megatron_interbert.tasks.config import FinetuneConfig
+from megatron_interbert.tasks.multitask.schedule import LAG
+
+SCHEDULES = ("round-robin", "size", "temperature")
+# what a task may set for itself among the flags that all finetunings have
+OWN = ("max_tokens", "max_regions", "eval_batch_size")
+
+
+@dataclass
+class MultitaskConfig(FinetuneConfig):
+    """Finetune on several tasks at once (12-in-1): one trunk, a head for each, one task a step."""
+
+    data_path: str = setting(
+        "",
+        "region stores for tasks that name none, comma-separated",
+        FREE,
+        may_differ=True,
+        names_store=True,
+    )
+    task_flags: str = setting("", "YAML with the flags of each task, by the task's name", FREE)
+    tasks: str = setting("", "tasks to train on, comma-separated; default: all of the file", SAME)
+    schedule: str = setting(
+        "round-robin",
+        "which task a step trains: each in turn; or drawn by the number of samples, or by its root"
+        " (--temperature)",
+        SAME,
+        SCHEDULES,
+        group="optimisation",
+    )
+    temperature: float = setting(
+        2.0,
+        "a task is drawn by its number of samples to the power of 1 / this",
+        SAME,
+        least=ABOVE_0,
+        group="optimisation",
+    )
+    loss_weights: str = setting(
+        "",
+        "factors of the tasks' losses, such as vqa:1,nlvr2:0.5; default: 1",
+        SAME,
+        group="optimisation",
+    )
+    stop_and_go: bool = setting(
+        False,
+        "train a task whose figure has stopped to rise only every fourth time, until it falls"
+        " (12-in-1); with --schedule round-robin",
+        SAME,
+        group="optimisation",
+    )
+    exclude_images: str = setting(
+        "",
+        "files with names of images that no task may train on, one on each line, comma-separated;"
+        " images of the tasks' validation files are excluded in any case",
+        FREE,
+    )
+    global_batch_size: int = redefault(
+        FinetuneConfig,
+        "global_batch_size",
+        64,
+        "samples per optimizer step over all ranks, of one task",
+        resume=SAME,
+    )
+    lr: float = redefault(FinetuneConfig, "lr", 2e-5)
+
+    def check(self) -> None:
+        """Raise UsageError for settings that contradict each other or have no meaning."""
+        super().check()
+        if self.stop_and_go and self.schedule != "round-robin":
+            raise UsageError(f"--stop-and-go needs --schedule round-robin, not {self.schedule}")
+        if self.stop_and_go and self.num_workers * 3 > LAG:
+            raise UsageError(f"--stop-and-go: --num-workers may be {LAG // 3} at most")
+
+
+def configs_of(
+    config: MultitaskConfig, known: Mapping[str, type[FinetuneConfig]]
+) -> dict[str, FinetuneConfig]:
+    """Return the settings of each task: its own from --task-flags, the others from the run.
+
+    Raises UsageError that names the file and the key for a task or a flag that is not known, or a
+    flag that only the run can have.
+    """
+    if not config.task_flags:
+        raise UsageError("--task-flags is missing; give a YAML with the flags of each task")
+
+    given = read_mapping(config.task_flags, "--task-flags")
+    names = [n.strip() for n in config.tasks.split(",") if n.strip()] or list(given)
+    found = {}
+
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"{config.task_flags}: no task '{name}'{nearest(name, known)}, expected some of"
+                f" {', '.join(known)}"
+            )
+        if name not in given:
+            raise UsageError(f"--tasks {name}: {config.task_flags} has no flags for it")
+        found[name] = config_of(config, name, known[name], given[name])
+
+    if len(found) < 2:
+        raise UsageError("multitask needs two tasks or more; finetune TASK trains one")
+
+    return found
+
+
+def config_of(
+    config: MultitaskConfig, name: str, kind: type[FinetuneConfig], given: Any
+) -> FinetuneConfig:
+    """Return the settings of one task."""
+    where = f"{config.task_flags}: {name}"
+    if not isinstance(given, dict):
+        raise UsageError(f"{where} is {given!r:.60}, expected flags with their settings")
+
+    values = flags_of(kind, given, where)
+    shared = {entry.name for entry in dataclasses.fields(TrainConfig)} - set(OWN)
+    for flag in values:
+        if flag in shared:
+            raise UsageError(f"{where}: '{flag}' is a flag of the whole run; give it there")
+
+    own = kind(**values)
+    for flag in shared:
+        setattr(own, flag, getattr(config, flag))
+
+    own.given = set(values) | {"data_partitions"}
+    own.data_partitions = 1  # until all tasks share a number
+    if "data_path" not in values and config.data_path:
+        own.data_path = config.data_path
+
+    own.metric = ""
+    own.data_parallel_size = config.data_parallel_size
+    own.check()
+
+    return own

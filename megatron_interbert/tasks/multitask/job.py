@@ -1,0 +1,217 @@
+"""Build the job that finetunes on several tasks."""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from megatron_interbert.config.stores import split_paths
+from megatron_interbert.data.order import SampleOrder
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.reading import read_text
+from megatron_interbert.tasks.config import FinetuneConfig
+from megatron_interbert.tasks.multitask.config import MultitaskConfig, configs_of
+from megatron_interbert.tasks.multitask.samples import MultitaskSet
+from megatron_interbert.tasks.multitask.schedule import Schedule, sampling_weights
+from megatron_interbert.tasks.multitask.task import MultiTask
+from megatron_interbert.tasks.task import Job
+
+MakeJob = Callable[[Any, ParallelState], Job]
+MEAN = "mean"  # figure: the mean of the tasks' main figures
+
+
+def multitask_job(
+    config: MultitaskConfig,
+    state: ParallelState,
+    known: Mapping[str, tuple[type[FinetuneConfig], MakeJob]],
+) -> Job:
+    """Build the job that trains on the tasks of --task-flags, which are among those `known`.
+
+    Raises UsageError if the tasks cannot share a model.
+    """
+    configs = configs_of(config, {name: kind for name, (kind, _) in known.items()})
+    jobs = {name: known[name][1](own, state) for name, own in configs.items()}
+    config.notes += [f"{name}: {note}" for name, own in configs.items() for note in own.notes]
+    check_alike(jobs)
+    left_out = leave_out_images(config, jobs, state)
+    share_partitions(config, jobs)
+
+    sizes = [job.samples.order.epoch_length for job in jobs.values()]
+    weights = sampling_weights(sizes, config.schedule, config.temperature)
+    schedule = Schedule(list(jobs), config.seed, weights, config.stop_and_go)
+    first = next(iter(jobs.values()))
+    figures = figures_of(jobs)
+
+    job = Job(
+        MultiTask({name: job.task for name, job in jobs.items()}, loss_weights(config, jobs)),
+        MultitaskSet({name: job.samples for name, job in jobs.items()}, schedule, config),
+        first.model_config,
+        tuple(dict.fromkeys(head for job in jobs.values() for head in job.heads)),
+        joined_data(jobs, configs, left_out),
+        first.vocabulary,
+        model_options={"task_heads": joined_heads(jobs)},
+        metric=config.metric or MEAN,
+        figures=figures,
+        patience=config.early_stopping,
+    )
+    judged = {name: job for name, job in jobs.items() if job.evaluate is not None}
+    if config.stop_and_go and len(judged) < len(jobs):
+        raise UsageError("--stop-and-go: every task needs validation files, by which it is judged")
+    if not judged:
+        job.metric = ""
+        return job
+
+    job.evaluate = evaluation_of(judged)
+    job.note_evaluation = lambda step, values: schedule.note(
+        step, {name: values[f"{name}_{job.metric}"] for name, job in judged.items()}
+    )
+
+    return job
+
+
+def evaluation_of(judged: Mapping[str, Job]) -> Callable[..., dict[str, float]]:
+    """Return what evaluates a model on the validation files of each task."""
+
+    def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
+        found: dict[str, float] = {}
+        main = []
+
+        for name, job in judged.items():
+            values = job.evaluate(model, state, device)
+            main.append(values[job.metric])
+            found |= {f"{name}_{figure}": value for figure, value in values.items()}
+
+        return {MEAN: sum(main) / len(main), **found}
+
+    return evaluate
+
+
+def figures_of(jobs: Mapping[str, Job]) -> tuple[str, ...]:
+    """Return the names of all figures, the mean of the main ones first."""
+    return (MEAN, *(f"{name}_{figure}" for name, job in jobs.items() for figure in job.figures))
+
+
+def check_alike(jobs: Mapping[str, Job]) -> None:
+    """Raise UsageError unless all tasks have the same model sizes, features and vocabulary, and
+    read images.
+    """
+    first_name, first = next(iter(jobs.items()))
+
+    for name, job in jobs.items():
+        if job.model_options.get("text_only"):
+            raise UsageError(f"{name}: a task without images cannot share a model with others")
+        for what, one, other in (
+            ("model sizes", first.model_config, job.model_config),
+            ("vocabulary", first.data["vocabulary"], job.data["vocabulary"]),
+            ("detector", first.data["detector"], job.data["detector"]),
+        ):
+            if one != other:
+                raise UsageError(
+                    f"{name} and {first_name} have different {what}; use stores of one detector"
+                    " and one vocabulary"
+                )
+
+
+def leave_out_images(
+    config: MultitaskConfig, jobs: Mapping[str, Job], state: ParallelState
+) -> dict[str, int]:
+    """Take the images of every task's validation files, and those of --exclude-images, out of all
+    training samples; return how many samples each task has lost, and print it.
+    """
+    names: set[str] = set()
+    for path in split_paths(config.exclude_images):
+        names.update(filter(None, map(str.strip, read_text(path, "--exclude-images").split("\n"))))
+
+    for job in jobs.values():
+        names |= job.judged_images
+
+    lost = {}
+    for name, job in jobs.items():
+        lost[name] = job.leave_out(names) if job.leave_out else 0
+        if lost[name] and state.is_main:
+            print(
+                f"{name}: {lost[name]} training samples left out, whose images are among the"
+                f" {len(names)} to evaluate on",
+                flush=True,
+            )
+
+    return lost
+
+
+def share_partitions(config: MultitaskConfig, jobs: Mapping[str, Job]) -> None:
+    """Cut the samples of all tasks into the same number of partitions: the most that fit the
+    smallest.
+    """
+    orders: dict[str, SampleOrder] = {name: job.samples.order for name, job in jobs.items()}
+    smallest = min(sum(map(len, order.parts)) for order in orders.values())
+    partitions = config.fit_partitions(smallest)
+
+    for name, order in orders.items():
+        jobs[name].samples.order = type(order)(
+            order.parts, partitions, order.seed, lengths=order.lengths
+        )
+
+
+def loss_weights(config: MultitaskConfig, jobs: Mapping[str, Job]) -> dict[str, float]:
+    """Read --loss-weights; raises UsageError for an unknown task or no positive number."""
+    found: dict[str, float] = {}
+    for part in filter(None, map(str.strip, config.loss_weights.split(","))):
+        name, _, number = part.partition(":")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+
+        if name not in jobs or not 0 < weight < float("inf"):
+            raise UsageError(
+                f"--loss-weights: '{part}', expected TASK:WEIGHT with a positive number and one of"
+                f" {', '.join(jobs)}"
+            )
+        found[name] = weight
+
+    return found
+
+
+def joined_heads(jobs: Mapping[str, Job]) -> dict[str, Any]:
+    """Return the heads of all tasks by name."""
+    return {
+        name: head
+        for job in jobs.values()
+        for name, head in job.model_options.get("task_heads", {}).items()
+    }
+
+
+def joined_data(
+    jobs: Mapping[str, Job], configs: Mapping[str, FinetuneConfig], left_out: Mapping[str, int]
+) -> dict[str, Any]:
+    """Return the record of the data of all tasks that a checkpoint keeps."""
+    first = next(iter(jobs.values()))
+    own = {name: only_own(asdict(config)) for name, config in configs.items()}
+    parts = [
+        json.dumps([name, job.data["manifest_sha256"], left_out[name], own[name]], sort_keys=True)
+        for name, job in jobs.items()
+    ]
+
+    return {
+        "store": "; ".join(str(job.data["store"]) for job in jobs.values()),
+        "manifest_sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+        "detector": first.data["detector"],
+        "vocabulary": first.data["vocabulary"],
+        "task": f"multitask {','.join(jobs)}",
+        "task_heads": {
+            name: head
+            for job in jobs.values()
+            for name, head in job.data.get("task_heads", {}).items()
+        },
+        "left_out": dict(left_out),
+    }
+
+
+def only_own(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a task on which its samples depend, beside its files."""
+    return {name: settings[name] for name in ("max_tokens", "max_regions") if name in settings}
