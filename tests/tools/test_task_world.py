@@ -1,0 +1,185 @@
+"""Test the generated world of tasks: what can be answered without reading text and image together,
+on 10,000 questions; scenes as they are said to be; the same files for the same seed.
+"""
+
+import hashlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from megatron_interbert.sample.corpus import NAMES, World, vocabulary
+from megatron_interbert.sample.field.blind import tasks_in
+from megatron_interbert.sample.field.gqa import VALID
+from megatron_interbert.sample.field.scenes import THINGS, captions_of, draw_scene
+from megatron_interbert.sample.field.vqa import questions_of
+from megatron_interbert.tasks.baselines import baselines_of
+from tests.launching import ROOT
+
+ENDINGS = (".json", ".jsonl", ".p", ".txt", ".xml", ".gz")
+SIZES = {"train": 1200, "test": 1000}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Write a world of tasks and VCR by the command."""
+    folder = tmp_path_factory.mktemp("world")
+    command = [sys.executable, str(ROOT / "tools" / "make_sample.py"), "--output", str(folder)]
+    sizes = ["--train-scenes", str(SIZES["train"]), "--test-scenes", str(SIZES["test"])]
+    subprocess.run([*command, *sizes, "--tasks", "--vcr"], check=True, capture_output=True)
+    return folder
+
+
+def test_scenes_are_as_they_are_said_to_be():
+    world = World(0, 0.3)
+    words = set(vocabulary())
+    for number in range(300):
+        random = np.random.default_rng(number)
+        scene = draw_scene(world, random)
+        assert len(set(scene.things)) == THINGS
+        counts = sorted(np.unique(scene.colours, return_counts=True)[1].tolist())
+        assert counts == ([1, 2, 3] if scene.shares else [1] * 6)
+        left, right = scene.twins
+        assert scene.kinds[left] == scene.kinds[right]
+        assert scene.is_left_of(left, right)
+        assert np.diff(np.sort(scene.centres)).min() > 20
+        assert (scene.boxes >= 0).all()
+        assert (scene.boxes[:, 2] <= 640).all()
+        texts = [text for text, _ in captions_of(random, scene)]
+        asked = list(questions_of(random, scene))
+        texts += [question.text for question in asked]
+        assert words.issuperset(" ".join(texts).split())
+        for question in asked:
+            check_answer(scene, question)
+
+
+def check_answer(scene, question):
+    """Check the answer to a question by the words of it alone."""
+    words = question.text.split()
+    things = {f"{colour} {kind}" for colour, kind in scene.things}
+    if question.question_type in ("is there a", "is there no"):
+        there = " ".join(words[3:5]) in things
+        assert (question.answer == "yes") == (there == (words[2] == "a"))
+    elif question.question_type == "how many":
+        assert int(question.answer) == sum(colour == words[2] for colour, _ in scene.things)
+    elif question.question_type == "is the":
+        one = scene.things.index((words[2], words[3]))
+        other = scene.things.index((words[9], words[10]))
+        is_left = scene.centres[one] < scene.centres[other]
+        assert (question.answer == "yes") == (is_left == (words[6] == "left"))
+    elif question.question_type == "are the":
+        colours = [
+            next(colour for colour, name in scene.things if name == kind)
+            for kind in (words[2], words[5])
+        ]
+        assert (question.answer == "yes") == (colours[0] == colours[1])
+    else:
+        kind = words[-2]
+        of_kind = [n for n, (_, name) in enumerate(scene.things) if name == kind]
+        of_kind.sort(key=lambda n: scene.centres[n])
+        thing = of_kind[-1 if words[-3] == "right" else 0]
+        assert question.answer == scene.things[thing][0]
+
+
+def chance_of(folder, task):
+    """Return the mean and the variance of guessing each question by its kind, in shares."""
+    if task == "vqa":
+        path = folder / "tasks" / "vqa" / "test_annotations.json"
+        kinds = [a["answer_type"] for a in json.loads(path.read_text())["annotations"]]
+        p = np.array([1 / len(VALID[kind]) for kind in kinds])
+    else:
+        path = folder / "tasks" / "gqa" / "test_balanced_questions.json"
+        kinds = [len(allowed(e)) for e in json.loads(path.read_text()).values()]
+        p = 1 / np.array(kinds)
+    return p.mean(), (p * (1 - p)).sum() / len(p) ** 2, len(p)
+
+
+def allowed(entry):
+    """Return the answers that a question of GQA allows."""
+    if entry["types"]["structural"] != "query":
+        return VALID["yes/no"]
+    return VALID["number" if entry["types"]["detailed"] == "count" else "other"]
+
+
+@pytest.fixture(scope="module")
+def entries(world):
+    """Return the entries of baselines.json by the folder of the first file and the kind of task."""
+    written = json.loads((world / "tasks" / "baselines.json").read_text())["entries"]
+    tasks = tasks_in(world / "tasks")
+    return {
+        task.files[0].parent.name + type(task).__name__: entry
+        for task, entry in zip(tasks, written, strict=True)
+    }
+
+
+def test_nothing_is_given_away_by_one_side(world, entries):
+    assert len(entries) == 10
+    for name in ("vqa", "gqa", "vgqa"):
+        mean, variance, count = chance_of(world, "gqa" if name == "gqa" else "vqa")
+        assert count > 9000
+        accuracy = entries[f"{name}AnswerFiles"]["figures"]["text only"]["accuracy"] / 100
+        assert abs(accuracy - mean) < 3 * np.sqrt(variance), name
+        # an image does not tell what is asked: the best is to say yes
+        image = entries[f"{name}AnswerFiles"]["figures"]["image only"]["accuracy"] / 100
+        assert image < mean + 3 * np.sqrt(variance), name
+
+    for name, p in (("snli_ve", 1 / 3), ("nlvr2", 1 / 2), ("guesswhat", 1 / 2)):
+        entry = entries[f"{name}AnswerFiles"]
+        error = 3 * np.sqrt(p * (1 - p) / entry["samples"])
+        for figures in entry["figures"].values():
+            assert abs(figures["accuracy"] / 100 - p) < error, (name, figures)
+
+    for name, figure, p in (
+        ("refcoco", "accuracy_gt", 1 / 6),
+        ("visual7w", "accuracy", 1 / 4),
+        ("guesswhat", "accuracy", 1 / 6),
+    ):
+        entry = entries[f"{name}RegionFiles"]
+        error = 3 * np.sqrt(p * (1 - p) / entry["samples"])
+        for figures in entry["figures"].values():
+            assert abs(figures[figure] / 100 - p) < error, (name, figures)
+
+
+def test_options_of_vcr_give_nothing_away(world):
+    path = world / "vcr" / "baselines.json"
+    (entry,) = json.loads(path.read_text())["entries"]
+    assert set(entry["figures"]) == {"word overlap", "text only"}
+    for figures in entry["figures"].values():
+        for name, p in (("q_a", 1 / 4), ("qa_r", 1 / 4), ("q_ar", 1 / 16)):
+            error = 3 * np.sqrt(p * (1 - p) / entry["samples"])
+            assert abs(figures[name] / 100 - p) < error, (name, figures)
+
+
+def test_baselines_stand_beside_results_on_the_same_samples_only(world, entries):
+    files = [world / "tasks" / "snli_ve" / "snli_ve_test.jsonl"]
+    samples = entries["snli_veAnswerFiles"]["samples"]
+    shown = baselines_of(files, samples)
+    assert [peer["model"] for peer in shown] == ["text only", "image only"]
+    assert shown[0]["figures"] == entries["snli_veAnswerFiles"]["figures"]["text only"]
+    assert not baselines_of(files, samples - 1)
+    assert not baselines_of([world / "tasks" / "snli_ve" / "snli_ve_train.jsonl"], samples)
+    assert not baselines_of([], 0)
+
+
+def digest(folder):
+    """Return the hash of all annotations."""
+    found = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in ENDINGS and path.name not in ("manifest.json", "vocab.txt"):
+            found.update(path.read_bytes())
+
+    return found.hexdigest()
+
+
+def test_a_seed_gives_one_world(tmp_path):
+    from megatron_interbert.sample.field.world import write_world
+
+    world = World(3, 0.3)
+    for name in ("one", "other"):
+        write_world(world, tmp_path / name, {"train": 6, "test": 4}, 3)
+    write_world(World(4, 0.3), tmp_path / "third", {"train": 6, "test": 4}, 4)
+    one, other, third = (digest(tmp_path / name) for name in ("one", "other", "third"))
+    assert one == other != third
+    assert len(NAMES) == 60
