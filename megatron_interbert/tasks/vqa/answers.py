@@ -5,6 +5,7 @@ oddities included.
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from megatron_interbert.tasks.vqa.contractions import contractions
 
@@ -19,6 +20,7 @@ CONTRACTIONS = contractions()
 FULL_SCORE = 3  # people whose agreement makes an answer right
 
 
+@lru_cache(maxsize=1 << 16)  # ten people answer each question, mostly alike
 def normalise_answer(text: str) -> str:
     """Return an answer as the official evaluation compares it: without punctuation and articles, in
     lower case, number words as digits, contractions with apostrophes.

@@ -1,0 +1,275 @@
+"""Test the field's tasks as users run them, all in one run: from a generated world to results,
+pages and submissions; resumed on another layout; images to evaluate on left out.
+"""
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.sample.corpus import World
+from megatron_interbert.sample.field.world import write_world
+from megatron_interbert.tasks.registry import EVALUATED
+from megatron_interbert.weights.reader import CheckpointReader
+from tests.launching import finetune, free_ports, launch, ran, records
+
+CPU = torch.device("cpu")
+STEPS = 20
+ONE_STEP = 10  # every task trains once
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Write a small world of tasks."""
+    folder = tmp_path_factory.mktemp("world")
+    write_world(World(0, 0.3), folder, {"train": 40, "test": 12}, 0)
+    return folder
+
+
+def files_of(world):
+    """Return the flags of each task for its training and its evaluation: (shared, train, valid)."""
+    refs = str(world / "refcoco" / "refs(unc).p")
+    entities = world / "flickr30k_entities"
+    boxes = {"annotated-path": f"{world}/SPLIT_boxes"}
+    detected = {"data-path": f"{world}/SPLIT"}
+
+    def split(task, pattern, name):
+        return {name: str(world / task / pattern)}
+
+    return {
+        "vqa": {
+            **detected,
+            **split("vqa", "SPLIT_questions.json", "questions"),
+            **split("vqa", "SPLIT_annotations.json", "annotations"),
+        },
+        "gqa": {**detected, **split("gqa", "SPLIT_balanced_questions.json", "questions")},
+        "vgqa": {**detected, **split("vgqa", "SPLIT_question_answers.json", "questions")},
+        "snli_ve": {**detected, **split("snli_ve", "snli_ve_SPLIT.jsonl", "annotations")},
+        "nlvr2": {
+            "data-path": f"{world}/nlvr2/SPLIT",
+            **split("nlvr2", "SPLIT.json", "annotations"),
+        },
+        "refcoco": {
+            **detected,
+            **boxes,
+            "refs": refs,
+            "instances": f"{world}/refcoco/instances.json",
+        },
+        "visual7w": {**detected, **boxes, "dataset": f"{world}/visual7w/dataset.json"},
+        "flickr30k_entities": {
+            **detected,
+            "entities": str(entities),
+            "images": str(entities / "SPLIT.txt"),
+        },
+        "guesswhat_guesser": {
+            **boxes,
+            **split("guesswhat", "guesswhat.SPLIT.jsonl.gz", "games"),
+        },
+        "guesswhat_oracle": {
+            "data-path": f"{world}/SPLIT_boxes",
+            **split("guesswhat", "guesswhat.SPLIT.jsonl.gz", "games"),
+        },
+    }
+
+
+def of_split(flags, task, split):
+    """Return flags with the name of a split filled in."""
+    names = {"nlvr2": {"test": "dev"}}.get(task, {})
+    return {name: value.replace("SPLIT", names.get(split, split)) for name, value in flags.items()}
+
+
+def training_flags(world):
+    """Return the content of --task-flags: files to train and to evaluate on."""
+    found = {}
+    for task, flags in files_of(world).items():
+        train = of_split(flags, task, "train")
+        valid = of_split(flags, task, "test")
+        own = {f"valid-{name}": valid[name] for name in valid if valid[name] != train[name]}
+        if task in ("refcoco", "visual7w"):
+            own["valid-split"] = "val" if task == "refcoco" else "test"
+        if task == "vqa":
+            own["min-occurrences"] = 1
+        found[task] = {**train, **own, "max-tokens": 48}
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """Train on all tasks at once; return the run's folder and what it printed."""
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "tasks.yaml").write_text(yaml.safe_dump(training_flags(world), sort_keys=False))
+    out = ran(*finetune(*flags_of(folder), "--save", folder / "whole"))
+    return folder, out
+
+
+def flags_of(folder):
+    """Return the flags of the run."""
+    return (
+        *("multitask", "--model", "tiny", "--task-flags", folder / "tasks.yaml"),
+        *("--train-iters", STEPS, "--global-batch-size", 8, "--micro-batch-size", 2),
+        *("--lr", "1e-3", "--log-interval", 1, "--num-workers", 1, "--eval-interval", STEPS),
+        *("--data-partitions", 4, "--no-dropout", "--seed", 5),
+    )
+
+
+def test_each_step_trains_one_task_in_turn(run, world):
+    folder, out = run
+    tasks = list(files_of(world))
+    lines = records(folder / "whole", "train")
+    assert len(lines) == STEPS
+    for step, entry in enumerate(lines.values()):
+        trained = [name for name in tasks if entry[f"{name}_loss"] > 0]
+        assert trained == [tasks[step % len(tasks)]]
+        assert entry["loss"] == pytest.approx(entry[f"{trained[0]}_loss"], rel=1e-5)
+
+    valid = records(folder / "whole", "valid")[STEPS]
+    main = [valid[f"{name}_accuracy"] for name in ("vqa", "gqa", "vgqa", "snli_ve", "nlvr2")]
+    main += [valid["refcoco_accuracy_gt"], valid["visual7w_accuracy"]]
+    main += [valid["flickr30k_entities_R@1_det"]]
+    main += [valid[f"guesswhat_{name}_accuracy"] for name in ("guesser", "oracle")]
+    assert valid["mean"] == pytest.approx(np.mean(main))
+    assert "training samples left out" not in out
+
+
+def test_a_resumed_run_on_two_ranks_ends_with_the_same_weights(run):
+    folder, _ = run
+    flags = (*flags_of(folder), "--save", folder / "parts")
+    ran(*finetune(*flags, "--exit-interval", 7))
+    script = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
+    place = ("--master-port", free_ports(1)[0], "-m", "megatron_interbert.finetune")
+    out = ran(sys.executable, *script, *place, *flags)
+    assert "resumed from" in out
+    losses = [
+        {step: entry["loss"] for step, entry in records(folder / name, "train").items()}
+        for name in ("whole", "parts")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=2e-4)
+    readers = [CheckpointReader(folder / n / f"global_step{STEPS}") for n in ("whole", "parts")]
+    competing = ("visual7w", "guesswhat_guesser")  # softmax: their bias has no gradient but noise
+    unmoved = [f"task_heads.{name}.output.bias" for name in competing]
+    for name in set(readers[0].names) - set(unmoved):
+        one, other = (reader.get(name, "weight") for reader in readers)
+        torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
+
+    valid = [records(folder / name, "valid")[STEPS] for name in ("whole", "parts")]
+    assert set(valid[0]) == set(valid[1])
+
+
+def evaluated(task, run, world, tmp_path, **more):
+    """Evaluate a task of the run in this process; return its result and the folder."""
+    kind, function = EVALUATED[task]
+    flags = of_split(files_of(world)[task], task, "test")
+    config = kind(
+        load=str(run[0] / "whole"),
+        output=str(tmp_path / task),
+        **{name.replace("-", "_"): value for name, value in flags.items()},
+        **more,
+    )
+    config.given = {"examples"}
+    config.precision = "fp32"
+    return function(config, ParallelState(), CPU), tmp_path / task
+
+
+SUBMISSIONS = {
+    "vqa": "submission.json",
+    "gqa": "submission.json",
+    "vgqa": "predictions.json",
+    "snli_ve": "predictions.jsonl",
+    "nlvr2": "submission.csv",
+    "refcoco": "predictions.jsonl",
+    "visual7w": "predictions.jsonl",
+    "flickr30k_entities": "predictions.jsonl",
+    "guesswhat_guesser": "predictions.jsonl",
+    "guesswhat_oracle": "predictions.jsonl",
+}
+
+
+def rows_of(path):
+    """Return the entries of a submission."""
+    text = path.read_text()
+    if path.suffix == ".csv":
+        return list(csv.reader(text.splitlines()))
+    return json.loads(text) if path.suffix == ".json" else text.splitlines()
+
+
+@pytest.mark.parametrize("task", list(SUBMISSIONS))
+def test_every_task_evaluates_its_own_head(run, world, tmp_path, task):
+    more = {"split": "val"} if task == "refcoco" else {}
+    result, folder = evaluated(task, run, world, tmp_path, submission=True, examples=5, **more)
+    written = json.loads((folder / "result.json").read_text())
+    assert written["metrics"] == result["metrics"]
+    valid = records(run[0] / "whole", "valid")[STEPS]
+    for name, value in result["metrics"].items():
+        trained = valid.get(f"{task}_{name}")
+        assert trained is None or trained == pytest.approx(value), name
+
+    assert len(rows_of(folder / SUBMISSIONS[task])) == result["samples"]
+    page = (folder / "result.html").read_text()
+    assert page.count("<svg role") >= 5
+    assert "<script" not in page
+
+
+def test_images_to_evaluate_on_are_taken_out_of_all_training(world, tmp_path):
+    """Plant an overlap: VQA evaluates on images that SNLI-VE and RefCOCO train on."""
+    flags = training_flags(world)
+    chosen = {name: flags[name] for name in ("vqa", "snli_ve", "refcoco")}
+    for name in ("questions", "annotations"):
+        document = json.loads(Path(flags["vqa"][name]).read_text())
+        entries = [e for e in document[name] if e["image_id"] in (1_000_003, 1_000_007)]
+        path = tmp_path / f"{name}.json"
+        path.write_text(json.dumps({**document, name: entries}))
+        chosen["vqa"][f"valid-{name}"] = str(path)
+    chosen["vqa"]["valid-data-path"] = flags["vqa"]["data-path"]
+    listed = tmp_path / "listed.txt"
+    listed.write_text("1000011\n")
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(chosen, sort_keys=False))
+    out = ran(
+        *finetune(*flags_of(tmp_path), "--train-iters", 3, "--eval-interval", 3),
+        *("--exclude-images", listed),
+    )
+    lines = Path(flags["snli_ve"]["annotations"]).read_text().splitlines()
+    gone = ("1000003", "1000007", "1000011")
+    pairs = sum(json.loads(line)["Flickr30K_ID"] in gone for line in lines)
+    assert f"snli_ve: {pairs} training samples left out" in out
+    assert "refcoco: 27 training samples left out" in out  # 9 expressions about each
+    questions = json.loads(Path(flags["vqa"]["questions"]).read_text())["questions"]
+    asked = sum(str(entry["image_id"]) in gone for entry in questions)
+    assert f"vqa: {asked} training samples left out" in out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vqaa": {}}, "no task 'vqaa' (did you mean 'vqa'?)"),
+        ({"snli_ve": {"lr": 1e-3}}, "snli_ve: 'lr' is a flag of the whole run"),
+        (
+            {"snli_ve": {"anotations": "x"}},
+            "unknown key 'anotations' (did you mean 'annotations'",
+        ),
+        ({"snli_ve": 3}, "snli_ve is 3, expected flags with their settings"),
+        ({}, "multitask needs two tasks or more"),
+        ({"glue": {"data-path": "x"}}, "none of x/train.tsv"),
+    ],
+)
+def test_tasks_that_cannot_be_trained_together(world, tmp_path, change, message):
+    flags = {"vqa": training_flags(world)["vqa"], **change}
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+    code, out, err = launch(*finetune(*flags_of(tmp_path)))
+    assert code == 2, out + err
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_a_task_that_the_run_has_no_head_for(run, world, tmp_path):
+    path = run[0] / "whole"
+    (tmp_path / "tasks.yaml").write_text("")
+    command = ("-m", "megatron_interbert.evaluate", "retrieval", "--load", path)
+    code, _, err = launch(sys.executable, *command, "--data-path", world / "test")
+    assert code == 2
+    assert "itm_head" in err
