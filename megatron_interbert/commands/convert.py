@@ -31,7 +31,7 @@ from megatron_interbert.weights.manifest import VOCABULARY
 from megatron_interbert.weights.output import Output
 from megatron_interbert.weights.sources import KINDS, WeightSource, open_weights
 from megatron_interbert.weights.targets import TARGETS, write_target
-from megatron_interbert.weights.views import divided_into_experts, untied
+from megatron_interbert.weights.views import divided_into_experts, untied, without_own_heads
 
 TYPES = {
     "keep": None,
@@ -175,6 +175,9 @@ def run(options: Options) -> None:
         raise UsageError("--prototypes divides the experts that --experts makes; give both")
     if not options.is_default("expert_stacks") and not options.experts:
         raise UsageError("--expert-stacks chooses where --experts puts experts; give both")
+
+    if options.to and options.to != "sharded":
+        source = without_own_heads(source)
 
     print(*source.notes, describe_source(source), sep="\n", flush=True)
     original = source

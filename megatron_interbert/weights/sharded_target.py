@@ -49,7 +49,7 @@ def write_sharded(output: Output, work: Path, progress: Progress) -> None:
 
     data = {
         key: source.facts[key]
-        for key in ("detector", "vocabulary", "store", "manifest_sha256")
+        for key in ("detector", "vocabulary", "store", "manifest_sha256", "task_heads")
         if key in source.facts
     }
 

@@ -20,8 +20,24 @@ from megatron_interbert.weights.tensor_files import TensorLayout
 
 LAYER = re.compile(r"(interaction|text|image)(?:_stream)?\.layers\.(\d+)\.(.*)")
 MLP = re.compile(r"mlp\.(up|down)\.(weight|bias)")
+OWN_HEADS = ("task_heads.", "mrfr_head.")
 # of the logits of new routers, for inputs of a LayerNorm with gain 1: almost uniform choices
 SPREAD = 1e-3
+
+
+def without_own_heads(source: WeightSource) -> WeightSource:
+    """View weights without the heads that only our checkpoints have, those of downstream tasks and
+    of predicted features; a note says which are left out.
+    """
+    own = [name for name in source.layouts if name.startswith(OWN_HEADS)]
+    if not own:
+        return source
+
+    heads = dict.fromkeys(".".join(name.split(".")[: 1 + name.startswith("task")]) for name in own)
+    layouts = {name: entry for name, entry in source.layouts.items() if name not in own}
+    note = f"note: left out: {', '.join(heads)}, for which only --to sharded has a place"
+
+    return dataclasses.replace(source, layouts=layouts, notes=[*source.notes, note])
 
 
 def divided_into_experts(

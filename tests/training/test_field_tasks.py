@@ -17,6 +17,7 @@ from megatron_interbert.sample.corpus import World
 from megatron_interbert.sample.field.world import write_world
 from megatron_interbert.tasks.registry import EVALUATED
 from megatron_interbert.weights.reader import CheckpointReader
+from megatron_interbert.weights.sources import open_weights
 from tests.launching import finetune, free_ports, launch, ran, records
 
 CPU = torch.device("cpu")
@@ -273,3 +274,20 @@ def test_a_task_that_the_run_has_no_head_for(run, world, tmp_path):
     code, _, err = launch(sys.executable, *command, "--data-path", world / "test")
     assert code == 2
     assert "itm_head" in err
+
+
+def test_heads_are_kept_by_our_format_and_left_out_of_others(run, world, tmp_path):
+    convert = (sys.executable, "tools/convert_checkpoint.py", run[0] / "whole")
+    ours = ran(*convert, "--to", "sharded", "--output", tmp_path / "sharded", "--tp", 2)
+    assert "left out" not in ours
+    theirs = ran(*convert, "--to", "huggingface", "--output", tmp_path / "hf")
+    assert "note: left out: task_heads.vqa, task_heads.gqa" in theirs
+    open_weights(tmp_path / "hf")
+
+    whole, _ = evaluated("snli_ve", run, world, tmp_path / "a", examples=0)
+    flags = of_split(files_of(world)["snli_ve"], "snli_ve", "test")
+    parts = [word for name, value in flags.items() for word in (f"--{name}", value)]
+    command = ("-m", "megatron_interbert.evaluate", "snli_ve", "--load", tmp_path / "sharded")
+    ran(sys.executable, *command, *parts, "--output", tmp_path / "b", "--examples", 0)
+    again = json.loads((tmp_path / "b" / "result.json").read_text())
+    assert again["metrics"] == pytest.approx(whole["metrics"])
