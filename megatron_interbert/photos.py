@@ -20,23 +20,39 @@ if TYPE_CHECKING:
 
 def detect_regions(
     photos: str | Path | Sequence[str | Path],
-    detector: str | Path,
+    detector: str | Path = "",
     max_regions: int = 36,
     min_regions: int = 10,
     min_score: float = 0.2,
     device: str = "auto",
+    backbone: str | Path = "",
+    grid: tuple[int, int] | None = None,
+    pool: int = 1,
+    resize: str = "whole",
 ) -> list[Regions]:
-    """Detect the regions of photos, as `interbert extract-features` does with the same detector.
+    """Detect the regions of photos, as `interbert extract-features` does with the same models.
 
-    `detector` is a folder or hub name of a DETR-like model of transformers, or torchvision:NAME; it
-    must be the detector whose features the model was trained on. Raises UsageError for a photo that
-    cannot be read or that the detector fails on.
+    `detector` is a folder or hub name of a DETR-like model of transformers, or torchvision:NAME;
+    `backbone` is a vision model of transformers, whose cells are the regions or, with a detector,
+    whose features are averaged over its boxes. They must be those whose features the model was
+    trained on. Raises UsageError for a photo that cannot be read or that a model fails on.
     """
     if max_regions < 1:
         raise UsageError(f"max_regions is {max_regions}, expected 1 or more")
 
     paths = [photos] if isinstance(photos, (str, Path)) else list(photos)
-    loaded = load_detector(DetectorChoice(str(detector), device=device))
+    if not detector and not backbone:
+        raise UsageError("detector and backbone are both missing; give one, or both")
+
+    choice = DetectorChoice(
+        str(detector),
+        device=device,
+        backbone=str(backbone),
+        grid=tuple(grid or ()),
+        pool=pool,
+        resize=resize,
+    )
+    loaded = load_detector(choice)
     found = []
 
     for path in map(Path, paths):
@@ -46,7 +62,7 @@ def detect_regions(
         except (RuntimeError, ValueError) as error:
             raise UsageError(f"{path}: the detector failed ({error})") from error
 
-        kept = seen.best(max_regions, min_regions, min_score)
+        kept = seen.best(max_regions, min_regions, min_score) if detector else seen
         regions = regions_of(path.stem, picture.size, kept)
         if not np.isfinite(regions.features).all():
             raise UsageError(f"{path}: the detector's features do not fit in float16")

@@ -1,13 +1,16 @@
-"""Turn photos into a region store with an object detector.
+"""Turn photos into a region store with an object detector, a vision backbone, or both.
 
     interbert extract-features photos --detector PekingU/rtdetr_r50vd --output store
+    interbert extract-features photos --backbone facebook/dinov2-base --grid 14x14 --output store
 
 The detector is a DETR-like model of transformers (a folder or a name on the hub: RT-DETR,
-Deformable DETR, DETR, ...) or torchvision:fasterrcnn_resnet50_fpn and its relatives. Photos that
+Deformable DETR, DETR, ...) or torchvision:fasterrcnn_resnet50_fpn and its relatives. Without one,
+the cells of a vision backbone are the regions, as in M6, and have no class labels. Photos that
 cannot be used are listed with the reason in dropped.jsonl of the store. A run that was stopped or
 killed is resumable: run the same command again.
 """
 
+import argparse
 import functools
 import os
 import time
@@ -26,6 +29,7 @@ from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
+from megatron_interbert.preparation.building.grids import RESIZES
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.photo_files import PhotoFiles, open_photos
 from megatron_interbert.preparation.building.sources.photos import PhotoSource, start_worker
@@ -33,6 +37,16 @@ from megatron_interbert.preparation.sharing import read_team
 from megatron_interbert.reading import read_text
 
 MOST_DECODERS = 8
+ALL_CELLS = 1 << 16  # of a grid
+
+
+def grid(text: str) -> tuple[int, int]:
+    """Read (14, 16) from `14x16`."""
+    rows, cross, columns = text.partition("x")
+    if not cross or not rows.isdigit() or not columns.isdigit() or not int(rows) * int(columns):
+        raise argparse.ArgumentTypeError(f"'{text}', expected rows x columns, such as 14x14")
+
+    return int(rows), int(columns)
 
 
 @dataclass
@@ -54,7 +68,24 @@ class Options(BuildingOptions):
         "caption files; photos without a caption are then left out; default: captions that come"
         " with the photos",
     )
-    detector: str = option("", "folder, name on the hub, or torchvision:NAME", required=True)
+    detector: str = option(
+        "", "whose boxes are the regions: folder, name on the hub, or torchvision:NAME"
+    )
+    backbone: str = option(
+        "",
+        "vision model of transformers (DINOv2, SigLIP, ViT, ResNet, ..) whose cells are the regions"
+        " or, with --detector, whose features are averaged over its boxes",
+    )
+    grid: tuple[int, int] = option(
+        (), "rows and columns of cells, such as 14x14; default: as the model was trained", read=grid
+    )
+    pool: int = option(1, "cells a side that are averaged into one", least=1)
+    resize: str = option(
+        "whole",
+        "how a photo becomes the backbone's input: stretched, with its shape kept and a border, or"
+        " its middle alone",
+        RESIZES,
+    )
     revision: str = option("", "branch, tag or commit on the hub")
     weights: str = option("", "state dict for a torchvision detector; default: the published one")
     max_regions: int = option(36, "regions kept per photo at most", least=1)
@@ -81,6 +112,11 @@ class Options(BuildingOptions):
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
+        if not self.detector and not self.backbone:
+            raise UsageError("--detector and --backbone are both missing; give one, or both")
+        if not self.backbone and (self.grid or self.pool > 1):
+            raise UsageError("--grid and --pool are about the cells of a --backbone; give one")
+
         if self.min_regions > self.max_regions:
             raise UsageError(
                 f"--min-regions {self.min_regions} is more than --max-regions {self.max_regions}"
@@ -116,9 +152,16 @@ def plan_of(options: Options, shown: bool = True) -> BuildPlan:
         options.weights,
         options.device,
         options.soft_labels,
+        options.backbone,
+        tuple(options.grid),
+        options.pool,
+        options.resize,
     )
     names = ("max_regions", "min_regions", "min_score")
     limits = {name: getattr(options, name) for name in names}
+    if not options.detector:
+        limits = {"max_regions": ALL_CELLS, "min_regions": ALL_CELLS, "min_score": 0.0}
+
     sources = [
         PhotoSource(files, choice, batch_size=options.batch_size, **limits)
         for files in find_photos(options.photos, shown)

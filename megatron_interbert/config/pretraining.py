@@ -53,6 +53,14 @@ class RunConfig(TrainConfig):
     masking: str = setting(
         "paper", "masking of the paper or of the official code", SAME, ("paper", "official")
     )
+    region_masking: str = setting(
+        "anchors",
+        "which regions are hidden: single ones with those that overlap them (--masking), or all in"
+        " a rectangle of a tenth to three tenths of the image, for cells of a grid, whose"
+        " neighbours give them away",
+        SAME,
+        ("anchors", "blocks"),
+    )
     msm_on_mismatched: bool = setting(
         True, "also predict masked words of mismatched captions", SAME
     )

@@ -22,6 +22,9 @@ WORD_ANCHOR = 0.10
 REGION_ANCHOR = 0.15
 REGION_IOU = 0.4
 OFFICIAL_REGION_ANCHOR = 0.10
+BLOCK_AREA = (0.1, 0.3)  # of the image
+BLOCK_RATIO = 2.0  # of its longer side to the shorter one, at most
+BLOCK_DRAWS = 4
 
 
 def word_draws(max_pieces: int) -> int:
@@ -108,6 +111,30 @@ def mask_regions(
     covered[with_anchor] = np.logical_or.reduceat(near, first, axis=0)
 
     return hidden | covered[owner, place]  # an anchor stays hidden even if its box has no area
+
+
+def mask_blocks(
+    boxes: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, draws: np.ndarray
+) -> np.ndarray:
+    """Choose the regions to hide by a rectangle in each image: all whose middle it holds, else the
+    nearest one; bool [R], from boxes [R, 4] in pixels, sizes [B, 2] and draws [B, >= BLOCK_DRAWS].
+
+    Its area is a tenth to three tenths of the image, its sides are at most in the ratio 1 to 2.
+    """
+    owner, _ = within(offsets)
+    area = BLOCK_AREA[0] + (BLOCK_AREA[1] - BLOCK_AREA[0]) * draws[:, 0]
+    ratio = BLOCK_RATIO ** (2 * draws[:, 1] - 1)
+    sides = np.stack([np.sqrt(area * ratio), np.sqrt(area / ratio)], axis=1)
+    low = draws[:, 2:4] * (1 - sides)
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2 / sizes[owner]
+    hidden = ((middles >= low[owner]) & (middles < (low + sides)[owner])).all(axis=1)
+
+    far = np.square(middles - (low + sides / 2)[owner]).sum(axis=1)
+    for sample in np.flatnonzero(np.bincount(owner, hidden, minlength=len(sizes)) == 0):
+        own = slice(offsets[sample], offsets[sample + 1])
+        hidden[offsets[sample] + int(far[own].argmin())] = True
+
+    return hidden
 
 
 def iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:

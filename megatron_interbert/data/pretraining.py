@@ -9,11 +9,23 @@ import numpy as np
 from megatron_interbert.config.objectives import OF_CLASSES, OF_REGIONS, WITHOUT_LABELS
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.masking import mask_regions, mask_tokens, within, word_draws
+from megatron_interbert.data.masking import (
+    BLOCK_DRAWS,
+    mask_blocks,
+    mask_regions,
+    mask_tokens,
+    within,
+    word_draws,
+)
 from megatron_interbert.data.order import SampleOrder, SteppedOrder, epochs_from_weights
 from megatron_interbert.data.packing import PackedBatch, image_locations, lay_out, to_batch
 from megatron_interbert.data.randomness import CounterRandom, uniforms
-from megatron_interbert.data.region_batch import Allocate, plain_memory, read_regions
+from megatron_interbert.data.region_batch import (
+    Allocate,
+    RegionBatch,
+    plain_memory,
+    read_regions,
+)
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
@@ -103,7 +115,8 @@ class PretrainingSet:
         epochs, samples, *steps = np.array(pairs, dtype=np.int64).T
         only = self._objective_of(int(steps[0][0])) if steps else ""
         words = word_draws(self.config.max_tokens - 2)
-        wanted = [(NEGATIVE, 0, 8), (WORDS, 0, words), (REGIONS, 0, self.config.max_regions)]
+        places = max(self.config.max_regions, BLOCK_DRAWS)
+        wanted = [(NEGATIVE, 0, 8), (WORDS, 0, words), (REGIONS, 0, places)]
         for_captions, for_words, for_regions = uniforms(self.config.seed, epochs, samples, wanted)
         captions = samples
         if only in ("", "itm"):
@@ -116,7 +129,7 @@ class PretrainingSet:
         layout = lay_out(text.pop("lengths"), regions.counts)
         hidden = np.zeros(len(regions.features), bool)
         if not only or only in OF_REGIONS:
-            hidden = mask_regions(regions.boxes, regions.offsets, self.config.masking, for_regions)
+            hidden = self._hidden(regions, for_regions)
 
         owner, _ = within(regions.offsets)
         is_target = hidden & (captions == samples)[owner]
@@ -135,6 +148,12 @@ class PretrainingSet:
             "sample_ids": samples,
             "head": only,
         }
+
+    def _hidden(self, regions: RegionBatch, draws: np.ndarray) -> np.ndarray:
+        """Choose the regions to hide, bool [R]."""
+        if self.config.region_masking == "blocks":
+            return mask_blocks(regions.boxes, regions.sizes, regions.offsets, draws)
+        return mask_regions(regions.boxes, regions.offsets, self.config.masking, draws)
 
     def _objective_of(self, step: int) -> str:
         """Draw the only objective of a step, which begins at a position of the stream."""

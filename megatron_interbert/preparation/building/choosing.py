@@ -1,5 +1,6 @@
 """Load the detector that the user names."""
 
+import dataclasses
 import os
 import socket
 from urllib.parse import urlsplit
@@ -12,15 +13,35 @@ from megatron_interbert.preparation.building.detectors import (
     TransformersDetector,
 )
 from megatron_interbert.preparation.building.faster_rcnn import TorchvisionDetector
+from megatron_interbert.preparation.building.grids import GridDetector, PooledDetector
 
 SECONDS = 10.0  # to wait for the hub
 
 
 def load_detector(choice: DetectorChoice) -> Detector:
-    """Load the chosen detector; its device is taken with the first picture.
+    """Load the chosen detector or backbone; its device is taken with the first picture.
 
     Raises UsageError if it cannot be loaded.
     """
+    if not choice.backbone:
+        return load_boxes(choice)
+
+    refuse_unreachable_hub(choice.backbone, choice.revision, "--backbone")
+    try:
+        if not choice.name:
+            return GridDetector(choice)
+
+        boxes = load_boxes(dataclasses.replace(choice, revision="", backbone=""))
+        return PooledDetector(choice, boxes)
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            f"--backbone {choice.backbone} needs the package {error.name}: pip install"
+            " 'megatron_interbert[features]'"
+        ) from error
+
+
+def load_boxes(choice: DetectorChoice) -> Detector:
+    """Load a detector."""
     if choice.name.startswith(TORCHVISION):
         return TorchvisionDetector(choice)
     if choice.weights:
@@ -29,7 +50,7 @@ def load_detector(choice: DetectorChoice) -> Detector:
             " own weights; leave --weights out"
         )
 
-    refuse_unreachable_hub(choice)
+    refuse_unreachable_hub(choice.name, choice.revision)
     try:
         return TransformersDetector(choice)
     except ModuleNotFoundError as error:
@@ -39,17 +60,17 @@ def load_detector(choice: DetectorChoice) -> Detector:
         ) from error
 
 
-def refuse_unreachable_hub(choice: DetectorChoice) -> None:
-    """Raise UsageError if the detector has to come from the hub, which cannot be reached:
+def refuse_unreachable_hub(name: str, revision: str, flag: str = "--detector") -> None:
+    """Raise UsageError if a model has to come from the hub, which cannot be reached:
     transformers would try for minutes, and then doubt the name.
     """
-    if os.path.isdir(choice.name) or "/" not in choice.name:
+    if os.path.isdir(name):
         return
 
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(choice.name, "config.json", revision=choice.revision or None)
-    proxy = any(name.lower() == "https_proxy" for name in os.environ)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    proxy = any(variable.lower() == "https_proxy" for variable in os.environ)
     if isinstance(cached, str) or proxy or constants.HF_HUB_OFFLINE:
         return
 
@@ -59,7 +80,7 @@ def refuse_unreachable_hub(choice: DetectorChoice) -> None:
         socket.create_connection((address.hostname, port), SECONDS).close()
     except OSError as error:
         raise UsageError(
-            f"--detector {choice.name}: no such folder, and {address.hostname} cannot be reached"
+            f"{flag} {name}: no such folder, and {address.hostname} cannot be reached"
             f" ({error.strerror or error}); download the model where there is a network (hf"
-            f" download {choice.name}) and give its folder"
+            f" download {name}) and give its folder"
         ) from error

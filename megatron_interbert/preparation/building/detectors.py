@@ -41,6 +41,12 @@ class DetectorChoice:
     weights: str = ""
     device: str = "auto"
     soft_labels: int = 10
+    # a vision model of transformers whose cells are the regions, or, with a detector, whose
+    # features are averaged over the detector's boxes
+    backbone: str = ""
+    grid: tuple[int, int] = ()  # rows and columns of cells; empty: as the model was trained
+    pool: int = 1  # cells a side that are averaged into one
+    resize: str = "whole"  # how a picture becomes an input; see grids.py
 
 
 @dataclass

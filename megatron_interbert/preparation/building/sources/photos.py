@@ -60,8 +60,14 @@ class PhotoSource:
         """Return the sizes and names of the detector, which this loads."""
         if self._facts is None:
             detector = load_once(self.choice)
-            sizes = (detector.feature_dim, detector.num_classes)
-            self._facts = SourceFacts(*sizes, "dense", detector.class_names, detector.describe())
+            cells = self.choice.backbone and not self.choice.name
+            self._facts = SourceFacts(
+                detector.feature_dim,
+                detector.num_classes,
+                "none" if cells else "dense",
+                detector.class_names,
+                detector.describe(),
+            )
 
         return self._facts
 
