@@ -295,7 +295,7 @@ def test_resumed_run_repeats_losses(store, tmp_path):
 
     told = "task 'retrievel' (did you mean 'retrieval'?), expected one of retrieval, vcr, vqa, "
     assert told in refused(*finetune("retrievel"))
-    told = "error: the task is missing, expected one of retrieval, vcr, glue, product_search,"
+    told = "error: the task is missing, expected one of retrieval, vcr, vqa, gqa,"
     assert refused(*finetune("--init-from", tmp_path / "a", "retrieval")).startswith(told)
 
 
