@@ -10,7 +10,7 @@ from megatron_interbert.errors import UsageError, run_entry
 COMMANDS = {
     "pretrain": ("pretrain", "pretrain on region stores, in one process"),
     "pretrain-chinese": ("pretrain_chinese", "the same with the recipe of the Chinese model"),
-    "finetune": ("finetune", "finetune for retrieval, VCR, GLUE, product search, recommendation"),
+    "finetune": ("finetune", "finetune on one of the tasks, or on several at once"),
     "evaluate": ("evaluate", "evaluate a trained model on one of these tasks"),
     "serve": ("serve", "serve product search and recommendation over HTTP"),
     "launch": (
@@ -28,6 +28,7 @@ COMMANDS = {
     ),
     "mine-negatives": ("commands.mine_negatives", "mine hard captions for pretraining"),
     "mine-neighbours": ("commands.mine_neighbours", "mine hard images for finetuning"),
+    "cluster-features": ("commands.cluster_features", "find classes for regions that have none"),
     "make-queries": ("commands.make_queries", "convert KDD Cup 2020 queries for product search"),
     "make-sample": ("commands.make_sample", "generate a corpus to try things out"),
     "make-shop": ("commands.make_shop", "generate a shop in Chinese to try things out"),

@@ -38,9 +38,9 @@ from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import (
     describe_data,
     fitted_sizes,
-    open_stores,
     vocabulary_of_run,
 )
+from megatron_interbert.tasks.pretraining import open_labelled
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
     described_offload,
@@ -141,9 +141,9 @@ def check_batch(config: PreflightConfig) -> str:
 
 def check_data(config: PreflightConfig) -> str:
     """Check store and vocabulary, without --fast every hash and record too; return a summary."""
-    corpus = open_stores(config.stores(), config)
+    corpus = open_labelled(config)
     tokenizer = vocabulary_of_run(config, config.stores())
-    sizes = fitted_sizes(config, tokenizer, corpus)
+    sizes = fitted_sizes(config, tokenizer, corpus, predicts_classes=corpus.has_labels)
     sizes.check_tensor_parallel(config.tensor_model_parallel_size)
     sizes.check_expert_parallel(config.expert_parallel_size)
     config.check_float8(sizes)
@@ -212,10 +212,10 @@ def check_disk(config: PreflightConfig) -> str:
         return "no --save: nothing will be written"
 
     check_writable(Path(config.save), "--save")
-    corpus = open_stores(config.stores(), config)
+    corpus = open_labelled(config)
     tokenizer = vocabulary_of_run(config, config.stores())
     with torch.device("meta"):
-        sizes = fitted_sizes(config, tokenizer, corpus)
+        sizes = fitted_sizes(config, tokenizer, corpus, predicts_classes=corpus.has_labels)
         parameters = sum(p.numel() for p in InterBert(sizes, PRETRAINING_HEADS).parameters())
 
     resumed = newest_manifest(config) if config.resume != "never" else None

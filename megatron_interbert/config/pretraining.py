@@ -61,6 +61,13 @@ class RunConfig(TrainConfig):
         SAME,
         ("anchors", "blocks"),
     )
+    region_labels: str = setting(
+        "auto",
+        "what classes of regions are: the detector's, or clusters of their features"
+        " (interbert cluster-features); auto: clusters where there are no classes",
+        SAME,
+        ("auto", "detector", "clusters"),
+    )
     msm_on_mismatched: bool = setting(
         True, "also predict masked words of mismatched captions", SAME
     )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megatron_interbert.data.clusters import RegionClusters
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
 from megatron_interbert.errors import UsageError
@@ -30,6 +31,7 @@ class Corpus:
         self.strict_boxes = strict_boxes
         self.feature_dim = first.feature_dim
         self.num_classes = first.num_classes
+        self.clusters: list[RegionClusters] = []  # of each store, if they stand for classes
         for other in self.stores[1:]:
             self.check_alike(other, allow_other_detector)
 
@@ -68,6 +70,30 @@ class Corpus:
             allow_other_detector,
         )
 
+    def label_by(self, source: str) -> None:
+        """Choose what the classes of regions are: "detector", "clusters", or "auto", which is the
+        detector's classes if all stores have them, else clusters if all have those.
+
+        Raises UsageError if clusters are missing or differ between the stores.
+        """
+        have_clusters = all("clusters" in store.manifest for store in self.stores)
+        if source == "clusters" or (source == "auto" and not self.has_labels and have_clusters):
+            self.clusters = [RegionClusters(store) for store in self.stores]
+            self.num_classes = self.clusters[0].count
+            for store, clusters in zip(self.stores, self.clusters, strict=True):
+                self.check_clusters(store, clusters)
+
+    def check_clusters(
+        self, store: RegionStore, clusters: RegionClusters, flag: str = "--data-path"
+    ) -> None:
+        """Raise UsageError unless clusters of a store mean the same as those of this corpus."""
+        if clusters.centroids != self.clusters[0].centroids:
+            raise UsageError(
+                f"{flag} {store.path}: its clusters have other centroids than those of"
+                f" {self.stores[0].path}; find them together, interbert cluster-features"
+                f" {self.stores[0].path} {store.path}"
+            )
+
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_opened": {}}
 
@@ -79,7 +105,7 @@ class Corpus:
     @property
     def has_labels(self) -> bool:
         """Check whether all regions have class labels."""
-        return all(
+        return bool(self.clusters) or all(
             "none" not in str(store.manifest.get("soft_labels", "")).split(" and ")
             for store in self.stores
         )
@@ -201,6 +227,23 @@ class Corpus:
         """
         store = int(np.searchsorted(self.first_image, image, side="right")) - 1
         self.stores[store].read(image - int(self.first_image[store]))
+
+    def cluster_labels(
+        self, images: np.ndarray, counts: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the clusters of the first `counts` [B] regions of some images [B], as soft labels
+        of one entry: class ids int32 [R, 1] and probabilities 1 [R, 1].
+        """
+        owner = np.searchsorted(self.first_image, images, side="right") - 1
+        of_region = np.repeat(owner, counts)
+        ids = np.empty((len(of_region), 1), np.int32)
+
+        for number in np.unique(owner):
+            mine = owner == number
+            local = images[mine] - self.first_image[number]
+            ids[of_region == number, 0] = self.clusters[number].of_images(local, counts[mine])
+
+        return ids, np.ones(ids.shape, np.float32)
 
     def label_width(self) -> int:
         """Return the number of entries of a soft label; raise UsageError if the stores differ."""

@@ -18,6 +18,8 @@ TOKENS = "tokens.h5"
 VOCABULARY = "vocab.txt"
 HARD_NEGATIVES = "hard_negatives.npy"  # captions near each caption
 HARD_IMAGES = "hard_images.npy"  # images near each image
+CLUSTERS = "clusters.npy"  # the cluster of each region
+CENTROIDS = "centroids.safetensors"  # the middle of each cluster
 REPORT = "dropped.jsonl"
 PLAN = "plan.json"  # the settings of the build
 REBUILD = "restore it or rebuild the store with interbert build-features"
@@ -80,10 +82,17 @@ OPTIONAL = {  # older stores lack some of them
     "images_by_label_kind": OBJECT,
     "dropped": OBJECT,
     "captions_left_out": OBJECT,
+    "clusters": OBJECT,
     "renamed_images": _whole(),
     "only_not_found": _whole(),
 }
 OF_FILES = {"file": TEXT, "bytes": _whole(), "sha256": TEXT}
+OF_CLUSTERS = {
+    "count": _whole(1, WIDEST),
+    "regions": _whole(),
+    "centroids": OBJECT,
+    "origin": OBJECT,
+}
 COUNTED = ("images", "regions", "captions")
 
 
@@ -124,6 +133,9 @@ def read_manifest(store: Path) -> dict[str, Any]:
     )
     _check_classes(manifest, str(path))
 
+    if "clusters" in manifest:
+        _check_fields(manifest["clusters"], OF_CLUSTERS, f"{path}: clusters")
+
     for entry in files_of(manifest):
         _check_fields(entry, OF_FILES, f"{path}: file entry")
         if not is_plain_name(entry["file"]):
@@ -142,7 +154,8 @@ def read_manifest(store: Path) -> dict[str, Any]:
 def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the entries (file, bytes, sha256) of all files of a store."""
     others = [manifest[name] for name in ("captions_file", "tokens_file") if name in manifest]
-    return [*manifest["shards"], *others]
+    clusters = [entry, entry["centroids"]] if (entry := manifest.get("clusters")) else []
+    return [*manifest["shards"], *others, *clusters]
 
 
 def entry_fits(shard: Any) -> bool:

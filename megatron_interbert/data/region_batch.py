@@ -62,6 +62,8 @@ def read_regions(
     rows |= {name: np.empty((total, width), COLUMNS[name]) for name, width in widths.items()}
     sizes = corpus.read_batch(images, offsets, list(rows.values()))
     features, boxes, class_ids, class_probs = rows.values()
+    if corpus.clusters:
+        class_ids, class_probs = corpus.cluster_labels(images, np.diff(offsets))
     boxes = _checked_boxes(corpus, images, boxes, class_ids, class_probs, sizes, offsets)
 
     return RegionBatch(features, boxes, class_ids, class_probs, sizes, offsets)

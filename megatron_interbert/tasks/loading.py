@@ -133,8 +133,9 @@ def open_for(
     beside = source.path if source.path.is_dir() else source.path.parent
     tokenizer = open_vocabulary(config.vocab_file, [*stores, beside], source.config)
     where = corpus.path if corpus else config.load
-    like = corpus or source.config
-    fit_to_data(source.config, tokenizer.vocab_size, like.feature_dim, like.num_classes, where)
+    sizes = source.config
+    width = corpus.feature_dim if corpus else sizes.feature_dim
+    fit_to_data(sizes, tokenizer.vocab_size, width, sizes.num_classes, where)
 
     if corpus:
         check_detector(

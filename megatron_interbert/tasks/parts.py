@@ -112,17 +112,21 @@ def sizes_of_model(config: TrainConfig) -> ModelConfig:
 
 
 def fitted_sizes(
-    config: TrainConfig, tokenizer: CaptionTokenizer, corpus: Corpus | None
+    config: TrainConfig,
+    tokenizer: CaptionTokenizer,
+    corpus: Corpus | None,
+    predicts_classes: bool = False,
 ) -> ModelConfig:
     """Return the model sizes with those that follow from the data filled in, and fit --max-tokens
     to them.
+
+    The number of classes is the model's own, unless it `predicts_classes` of regions.
     """
     sizes = sizes_of_model(config)
     like = corpus or sizes
+    classes = like.num_classes if predicts_classes else sizes.num_classes or like.num_classes
     where = f"{corpus.path} with {tokenizer.vocab_file}" if corpus else tokenizer.vocab_file
-    sizes = fit_to_data(
-        sizes, tokenizer.vocab_size, like.feature_dim or 1, like.num_classes or 2, where
-    )
+    sizes = fit_to_data(sizes, tokenizer.vocab_size, like.feature_dim or 1, classes or 2, where)
     fit_length(config, sizes)
 
     return sizes if config.dropout else sizes.without_dropout()

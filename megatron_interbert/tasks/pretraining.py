@@ -211,18 +211,40 @@ def model_options(config: RunConfig) -> dict[str, Any]:
     return {"states": True} if "wra" in config.objective_names() else {}
 
 
+def open_labelled(config: RunConfig) -> Corpus:
+    """Open the region stores of --data-path with the classes that --region-labels chooses, and fit
+    the objectives to them.
+    """
+    corpus = open_stores(config.stores(), config)
+    corpus.label_by(config.region_labels)
+    config.fit_objectives(corpus.has_labels)
+
+    return corpus
+
+
+def open_validation(config: RunConfig, corpus: Corpus) -> Corpus:
+    """Open the store of --valid-data-path, whose classes must mean the same as those trained on."""
+    valid = open_stores([config.valid_data_path], config)
+    store = valid.stores[0]
+    corpus.check_alike(store, config.allow_other_detector, "--valid-data-path")
+
+    if corpus.clusters:
+        valid.label_by("clusters")
+        corpus.check_clusters(store, valid.clusters[0], "--valid-data-path")
+
+    return valid
+
+
 def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
     """Build the job that pretrains on the region stores of --data-path."""
-    corpus = open_stores(config.stores(), config)
+    corpus = open_labelled(config)
     tokenizer = vocabulary_of_run(config, config.stores())
-    sizes = fitted_sizes(config, tokenizer, corpus)
-    config.fit_objectives(corpus.has_labels)
+    sizes = fitted_sizes(config, tokenizer, corpus, predicts_classes=corpus.has_labels)
     samples = PretrainingSet(corpus, tokenizer, config)
     valid = None
 
     if config.valid_data_path:
-        valid_corpus = open_stores([config.valid_data_path], config)
-        corpus.check_alike(valid_corpus.stores[0], config.allow_other_detector, "--valid-data-path")
+        valid_corpus = open_validation(config, corpus)
         valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
 
     task = PretrainingTask(config, corpus.has_labels)

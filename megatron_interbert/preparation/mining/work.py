@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES, MANIFEST
+from megatron_interbert.data.manifest import CLUSTERS, HARD_IMAGES, HARD_NEGATIVES, MANIFEST
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
@@ -277,6 +277,15 @@ class NeighbourFolder(TableFolder):
             block,
             images,
         )
+
+
+class ClusterFolder(TableFolder):
+    """Manage the work on clusters.npy of a store; `centroids` is the sha256 of theirs."""
+
+    def __init__(self, store: RegionStore, centroids: str, count: int, block: int) -> None:
+        regions = int(store.region_counts().sum())
+        plan = {"regions": regions, "centroids": centroids, "block": block}
+        super().__init__(store.path / CLUSTERS, plan, regions, 1, block, count)
 
 
 def complete(

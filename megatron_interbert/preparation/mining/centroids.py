@@ -1,0 +1,83 @@
+"""Keep the centroids of clusters of region features, and name them in a store's manifest."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from megatron_interbert.data.manifest import CENTROIDS, CLUSTERS, MANIFEST, sha256_of
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_entry, write_by_name, write_json
+from megatron_interbert.reading import read_json
+
+NAME = "centroids"
+
+
+@dataclass(frozen=True)
+class Centroids:
+    """Hold the middles of clusters, float32 [clusters, F], and how they were found."""
+
+    middles: np.ndarray
+    origin: dict[str, Any]
+
+    @property
+    def unit_length(self) -> bool:
+        """Check whether features are compared with them at unit length."""
+        return bool(self.origin["unit_length"])
+
+    def write(self, store: Path) -> None:
+        """Write the file of a store that holds them."""
+
+        def write(path: Path) -> None:
+            save_file({NAME: self.middles}, path, {"origin": json.dumps(self.origin)})
+
+        write_by_name(store / CENTROIDS, write)
+
+
+def read_centroids(store: Path) -> Centroids | None:
+    """Read the centroids in a store, None if there are none or they are damaged."""
+    try:
+        with safe_open(store / CENTROIDS, "np") as file:
+            return Centroids(file.get_tensor(NAME), json.loads(file.metadata()["origin"]))
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+
+
+def centroids_of(store: RegionStore, flag: str) -> Centroids:
+    """Read the centroids that a store's manifest names; raises UsageError if there are none."""
+    entry = store.manifest.get("clusters")
+    if entry is None:
+        raise UsageError(f"{flag} {store.path}: its regions have no clusters")
+
+    found = read_centroids(store.path)
+    whole = sha256_of(store.path, entry["centroids"]) == entry["centroids"]["sha256"]
+    if found is None or not whole:
+        raise UsageError(f"{store.path / CENTROIDS}: differs from {MANIFEST} (corrupt)")
+
+    return found
+
+
+def name_clusters(store: Path, centroids: Centroids, regions: int) -> None:
+    """Name the files of clusters in a store's manifest."""
+    manifest = read_json(store / MANIFEST, "region store")
+    manifest["clusters"] = {
+        "file": CLUSTERS,
+        **file_entry(store / CLUSTERS),
+        "count": len(centroids.middles),
+        "regions": regions,
+        "centroids": {"file": CENTROIDS, **file_entry(store / CENTROIDS)},
+        "origin": centroids.origin,
+    }
+    write_json(store / MANIFEST, manifest)
+
+
+def forget_clusters(store: Path) -> None:
+    """Remove clusters from a store's manifest, before their files are replaced."""
+    manifest = read_json(store / MANIFEST, "region store")
+    if manifest.pop("clusters", None) is not None:
+        write_json(store / MANIFEST, manifest)
