@@ -88,8 +88,13 @@ def draw_image(
 
 
 def boxes_of(regions: Any, names: Sequence[str], scale: float, most: int) -> list[DrawnBox]:
-    """Choose the boxes to draw, at most `most`, without repeats of an object."""
+    """Choose the boxes to draw, at most `most`, without repeats of an object; all boxes, without
+    names, if the regions have no classes.
+    """
     width, height = regions.size
+    if not regions.class_probs.any():
+        return [DrawnBox(box, "", COLOURS[0], np.zeros(4)) for box in regions.boxes]
+
     found: list[DrawnBox] = []
     for box, ids, probs in zip(regions.boxes, regions.class_ids, regions.class_probs, strict=True):
         label = int(ids[probs.argmax()])

@@ -246,8 +246,8 @@ def _labels(report: Report) -> Iterator[Verdict]:
     classes = report.classes
     if classes["mean_probability"] is None:
         mend = (
-            "train without masked regions (--objectives msm,itm), or build a store from features"
-            " with labels"
+            "train on words, features and matching (--objectives msm,mrfr,itm), find clusters with"
+            " interbert cluster-features, or build a store from features with labels"
         )
         yield Verdict(WARNING, "labels", "no region has a label", mend)
         return
