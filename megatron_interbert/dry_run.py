@@ -195,7 +195,9 @@ def random_job(config: DryRunConfig) -> Job:
     """Return a job whose samples are random."""
     sizes, _ = with_usual_data(sizes_of_model(config))
     heads = heads_of(config, has_labels=True)
-    options = model_options(config)
+    if "attributes" in config.objective_names():
+        raise UsageError("--words: random samples have no attributes; give --data-path instead")
+    options = model_options(config, 0)
     return Job(PretrainingTask(config), None, sizes, heads, {}, "", model_options=options)
 
 

@@ -41,10 +41,11 @@ def write_store(
     captions_each: int = 2,
     seed: int = 0,
     images_per_shard: int = 16,
+    num_attributes: int = 0,
     **options,
 ) -> Path:
-    """Write a store of `images` with 2 to 9 regions each and soft labels of three entries, and its
-    vocab.txt; return its path.
+    """Write a store of `images` with 2 to 9 regions each, soft labels of three entries and perhaps
+    attributes, and its vocab.txt; return its path.
     """
     random = np.random.default_rng(seed)
 
@@ -57,12 +58,18 @@ def write_store(
             "detector": {"name": "random", "revision": "0"},
             "soft_labels": "top_k",
             "vocabulary": "\n".join(VOCABULARY) + "\n",
+            "extra": {"num_attributes": num_attributes},
             **options,
         },
     ) as writer:
         for number in range(images):
+            regions = random_regions(random, f"image-{number}")
+            if num_attributes:
+                shape = (len(regions.features), 1)
+                regions.attribute_ids = random.integers(num_attributes, size=shape)
+                regions.attribute_probs = random.uniform(size=shape)
             writer.add(
-                random_regions(random, f"image-{number}"),
+                regions,
                 [
                     (" ".join(random.choice(WORDS[:18], size=random.integers(1, 12))), "en")
                     for _ in range(captions_each)

@@ -105,6 +105,9 @@ class Options(BuildingOptions):
         ("xyxy", "xywh", "yxyx"),
     )
     num_classes: int = option(1601, "classes, background included", least=1)
+    num_attributes: int = option(
+        400, "attributes that regions may have, if SOURCES give some (LXMERT)", least=1
+    )
     trust_pickle: bool = option(
         False, "read pickles inside the input, limited to numbers, strings and arrays"
     )
@@ -211,6 +214,7 @@ def plan_of(options: Options) -> BuildPlan:
         box_format=options.box_format,
         soft_labels=options.soft_labels or 10,
         num_classes=options.num_classes,
+        num_attributes=options.num_attributes,
         trust_pickle=options.trust_pickle,
         image_sizes=options.image_sizes,
         class_names=tuple(names),

@@ -10,6 +10,7 @@ OBJECTIVES = {
     "msm": "masked segments of words",
     "mrm": "classes of masked regions, as the detector's whole distribution (KL)",
     "mrc": "classes of masked regions, as the detector's most likely one",
+    "attributes": "attributes of masked regions, weighted by the detector's confidence",
     "mrfr": "features of masked regions",
     "itm": "image-text matching",
     "wra": "alignment of words and regions by optimal transport",
@@ -17,7 +18,7 @@ OBJECTIVES = {
 USUAL = ("msm", "mrm", "itm")
 WITHOUT_LABELS = ("msm", "mrfr", "itm")  # for stores whose regions have no classes
 OF_CLASSES = ("mrm", "mrc")
-OF_REGIONS = (*OF_CLASSES, "mrfr")
+OF_REGIONS = (*OF_CLASSES, "attributes", "mrfr")
 USUAL_WEIGHTS = {"wra": 0.1}  # of the loss; others 1
 
 

@@ -90,7 +90,8 @@ class RunConfig(TrainConfig):
     objectives: str = setting(
         ",".join(USUAL),
         "losses to train on, comma-separated: msm words, mrm and mrc classes of regions (whole"
-        " distribution, most likely one), mrfr their features, itm matching, wra alignment",
+        " distribution, most likely one), attributes theirs, mrfr their features,"
+        " itm matching, wra alignment",
         SAME,
         group="optimisation",
         fitted=True,

@@ -63,12 +63,23 @@ class Corpus:
                 f" {first.num_classes}; use stores of one detector"
             )
 
+        if len({first.num_attributes, other.num_attributes} - {0}) > 1:
+            raise UsageError(
+                f"{flag} {other.path}: {other.num_attributes} attributes of regions, but"
+                f" {first.path} has {first.num_attributes}; use stores of one detector"
+            )
+
         check_detector(
             first.manifest["detector"],
             other.manifest["detector"],
             f"{flag} {other.path}",
             allow_other_detector,
         )
+
+    @property
+    def num_attributes(self) -> int:
+        """Return the number of attributes that regions may have, 0 if some store has none."""
+        return min(store.num_attributes for store in self.stores)
 
     def label_by(self, source: str) -> None:
         """Choose what the classes of regions are: "detector", "clusters", or "auto", which is the

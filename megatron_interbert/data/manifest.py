@@ -67,6 +67,7 @@ NEEDED = {
 OPTIONAL = {  # older stores lack some of them
     "tokens_file": OBJECT,
     "label_width": _whole(1, WIDEST),
+    "num_attributes": _whole(0, WIDEST),
     "class_names": TEXTS,
     "background_class": Kind(
         "a class or null", lambda value: value is None or _whole(0, WIDEST).fits(value)

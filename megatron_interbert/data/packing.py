@@ -74,6 +74,9 @@ class PackedBatch:
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
     mrm_regions: torch.Tensor = field(default_factory=no_indexes)  # [Mr] the same as regions
+    # [Mr] attributes of the same regions and their probabilities
+    mrm_attribute_ids: torch.Tensor = field(default_factory=no_indexes)
+    mrm_attribute_probs: torch.Tensor = field(default_factory=no_scores)
     # the right answers of a downstream task
     labels: torch.Tensor = field(default_factory=no_indexes)
     # [labels] for a task with several answers to a sample: the sample and the score of each

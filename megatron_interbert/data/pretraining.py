@@ -85,6 +85,14 @@ class PretrainingSet:
                 f" {','.join(WITHOUT_LABELS)}, or build the store from features with labels"
             )
 
+        self.needs_attributes = "attributes" in config.objective_names()
+        if self.needs_attributes and not corpus.num_attributes:
+            raise UsageError(
+                f"--data-path {corpus.path}: not all of its regions have attributes; leave"
+                " attributes out of --objectives, or build the store from features with some"
+                " (attrs_id, attrs_conf)"
+            )
+
         self.has_hard_negatives = corpus.has_hard_negatives()
         corpus.label_width()  # raises if the stores differ
         self.feature_dim = corpus.feature_dim
@@ -124,7 +132,11 @@ class PretrainingSet:
 
         text = self._text(samples, captions, for_words, only in ("", "msm"))
         regions = read_regions(
-            self.corpus, self.corpus.caption_image[samples], self.config.max_regions, allocate
+            self.corpus,
+            self.corpus.caption_image[samples],
+            self.config.max_regions,
+            allocate,
+            self.needs_attributes,
         )
         layout = lay_out(text.pop("lengths"), regions.counts)
         hidden = np.zeros(len(regions.features), bool)
@@ -144,9 +156,19 @@ class PretrainingSet:
             "mrm_regions": np.flatnonzero(is_target),
             "mrm_class_ids": regions.class_ids[is_target].astype(np.int64),
             "mrm_class_probs": regions.class_probs[is_target],
+            **self._attributes(regions, is_target),
             "mismatched": (captions != samples).astype(np.int64),
             "sample_ids": samples,
             "head": only,
+        }
+
+    def _attributes(self, regions: RegionBatch, is_target: np.ndarray) -> Fields:
+        """Build the fields of attributes, if they are trained on."""
+        if not self.needs_attributes:
+            return {}
+        return {
+            "mrm_attribute_ids": regions.attribute_ids[is_target, 0].astype(np.int64),
+            "mrm_attribute_probs": regions.attribute_probs[is_target, 0],
         }
 
     def _hidden(self, regions: RegionBatch, draws: np.ndarray) -> np.ndarray:

@@ -9,7 +9,8 @@ import numpy as np
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.masking import box_area, within
-from megatron_interbert.data.shard_file import COLUMNS
+from megatron_interbert.data.regions import attributes_fit
+from megatron_interbert.data.shard_file import ATTRIBUTES, COLUMNS
 
 # shape -> float16 memory for the features of a batch
 Allocate = Callable[[tuple[int, int]], np.ndarray]
@@ -23,7 +24,8 @@ def plain_memory(shape: tuple[int, int]) -> np.ndarray:
 @dataclass
 class RegionBatch:
     """Hold R regions of B images: features float16 [R, F], boxes [R, 4] in pixels, inside their
-    images, soft labels [R, k], sizes (w, h) [B, 2], offsets [B + 1].
+    images, soft labels [R, k], sizes (w, h) [B, 2], offsets [B + 1]; attributes [R, 1] and their
+    probabilities if they were asked for.
     """
 
     features: np.ndarray
@@ -32,6 +34,8 @@ class RegionBatch:
     class_probs: np.ndarray
     sizes: np.ndarray
     offsets: np.ndarray
+    attribute_ids: np.ndarray | None = None
+    attribute_probs: np.ndarray | None = None
 
     @property
     def counts(self) -> np.ndarray:
@@ -46,9 +50,13 @@ class RegionBatch:
 
 
 def read_regions(
-    corpus: Corpus, images: np.ndarray, most: int, allocate: Allocate = plain_memory
+    corpus: Corpus,
+    images: np.ndarray,
+    most: int,
+    allocate: Allocate = plain_memory,
+    attributes: bool = False,
 ) -> RegionBatch:
-    """Read the first `most` regions of some images [B].
+    """Read the first `most` regions of some images [B], with their attributes if asked.
 
     Raises UsageError naming the file and what is wrong with a record.
     """
@@ -60,13 +68,19 @@ def read_regions(
     widths = {"image_bb": 4, "class_ids": labels, "class_probs": labels}
     rows = {"image_features": allocate((total, corpus.feature_dim))}
     rows |= {name: np.empty((total, width), COLUMNS[name]) for name, width in widths.items()}
+    if attributes:
+        rows |= {name: np.empty((total, 1), dtype) for name, dtype in ATTRIBUTES.items()}
+
     sizes = corpus.read_batch(images, offsets, list(rows.values()))
-    features, boxes, class_ids, class_probs = rows.values()
+    features, boxes, class_ids, class_probs, *of_attributes = rows.values()
+    if attributes and not attributes_fit(*of_attributes, corpus.num_attributes):
+        for image in images.tolist():
+            corpus.complain(image)
     if corpus.clusters:
         class_ids, class_probs = corpus.cluster_labels(images, np.diff(offsets))
     boxes = _checked_boxes(corpus, images, boxes, class_ids, class_probs, sizes, offsets)
 
-    return RegionBatch(features, boxes, class_ids, class_probs, sizes, offsets)
+    return RegionBatch(features, boxes, class_ids, class_probs, sizes, offsets, *of_attributes)
 
 
 def _checked_boxes(

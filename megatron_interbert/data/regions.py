@@ -8,7 +8,8 @@ import numpy as np
 @dataclass
 class Regions:
     """Hold one image's regions: features [R, F] float16, boxes [R, 4] x1 y1 x2 y2 in pixels, size
-    (w, h), soft labels [R, k].
+    (w, h), soft labels [R, k]; if the detector gives attributes, that of each region [R, 1] and its
+    probability.
     """
 
     image_id: str
@@ -17,6 +18,8 @@ class Regions:
     boxes: np.ndarray
     class_ids: np.ndarray
     class_probs: np.ndarray
+    attribute_ids: np.ndarray | None = None
+    attribute_probs: np.ndarray | None = None
 
 
 def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarray, int]:
@@ -29,7 +32,7 @@ def repair_boxes(boxes: np.ndarray, size: tuple[float, float]) -> tuple[np.ndarr
     return fixed, int((fixed != boxes).any(axis=1).sum())
 
 
-def record_problem(regions: Regions, num_classes: int) -> str | None:
+def record_problem(regions: Regions, num_classes: int, num_attributes: int = 0) -> str | None:
     """Describe what makes a record unusable, or return None.
 
     Boxes outside the image do not: they can be repaired.
@@ -51,7 +54,29 @@ def record_problem(regions: Regions, num_classes: int) -> str | None:
     if not ((regions.class_probs >= 0).all() and (regions.class_probs.sum(axis=1) <= 1.001).all()):
         return "class_probs are not probabilities (negative, NaN, or a sum above 1)"
 
+    return _attribute_problem(regions, num_attributes) if num_attributes else None
+
+
+def _attribute_problem(regions: Regions, num_attributes: int) -> str | None:
+    """Describe what is wrong with the attributes of a record, or return None."""
+    ids, probs = regions.attribute_ids, regions.attribute_probs
+    shape = (len(regions.features), 1)
+    if ids is None or probs is None or ids.shape != shape or probs.shape != shape:
+        return "attributes do not fit the number of boxes"
+    if not attributes_fit(ids, probs, num_attributes):
+        return (
+            f"attributes beyond their number; ids {ids.min()} to {ids.max()}, expected 0 to"
+            f" {num_attributes - 1} with probabilities"
+        )
+
     return None
+
+
+def attributes_fit(ids: np.ndarray, probs: np.ndarray, number: int) -> bool:
+    """Check whether attributes [R, 1] are below their number and have probabilities."""
+    if not len(ids):
+        return True
+    return bool(ids.min() >= 0 and ids.max() < number and probs.min() >= 0 and probs.max() <= 1.001)
 
 
 def has_non_finite(features: np.ndarray) -> bool:

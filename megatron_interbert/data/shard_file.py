@@ -23,6 +23,8 @@ COLUMNS = {
     "class_ids": np.int32,
     "class_probs": np.float32,
 }
+# in stores with attributes
+ATTRIBUTES = {"attribute_ids": np.int32, "attribute_probs": np.float32}
 OTHERS = ("pos_boxes", "image_ids", "image_sizes", "caption_text", "caption_image")
 CLOSED = -1  # the descriptor of a closed shard
 
@@ -31,16 +33,23 @@ class OpenShard:
     """Represent one shard: row ranges [images, 2], image sizes [images, 2] and the places of its
     columns, which are kept when its file is closed, so that reopening it costs microseconds.
 
-    `label_width`: entries of a soft label, if the manifest gives them.
+    `label_width`: entries of a soft label, if the manifest gives them. `attributes`: whether its
+    regions have some.
     """
 
     def __init__(
-        self, path: Path, entry: dict[str, Any], feature_dim: int, label_width: int | None = None
+        self,
+        path: Path,
+        entry: dict[str, Any],
+        feature_dim: int,
+        label_width: int | None = None,
+        attributes: bool = False,
     ) -> None:
         self.path = path
         self.descriptor = CLOSED
         self.file = None
         self.expected = (entry, feature_dim, label_width)
+        self.columns = COLUMNS | (ATTRIBUTES if attributes else {})
         self.identity: tuple[int, ...] = ()  # of the file that _learn has read
         self.open()
 
@@ -77,7 +86,7 @@ class OpenShard:
                 f" {label_width}; rebuild the store"
             )
 
-        self.places = [(name, *_place(file[name], dtype)) for name, dtype in COLUMNS.items()]
+        self.places = [(name, *_place(file[name], dtype)) for name, dtype in self.columns.items()]
         self.starts = self.ranges[:, 0]
         self.counts = self.ranges[:, 1] - self.starts
         self.identity = file.bytes.identity
@@ -96,14 +105,14 @@ class OpenShard:
         self._check_images(file)
 
     def _check_datasets(self, file: Hdf5File) -> None:
-        for name in (*COLUMNS, *OTHERS):
+        for name in (*self.columns, *OTHERS):
             if name not in file:
                 raise UsageError(
                     f"{self.path}: dataset '{name}' is missing; rebuild the store with"
                     " interbert build-features"
                 )
 
-        for name in (*COLUMNS, "pos_boxes", "image_sizes"):
+        for name in (*self.columns, "pos_boxes", "image_sizes"):
             if file[name].ndim != 2:
                 raise UsageError(
                     f"{self.path}: {name} has shape {file[name].shape}, expected rows and columns;"
@@ -128,11 +137,12 @@ class OpenShard:
     def _check_labels(self, file: Hdf5File) -> None:
         rows = len(file["image_features"])
         self.label_width = file["class_ids"].shape[1]
-        shapes = {name: file[name].shape for name in COLUMNS if name != "image_features"}
+        shapes = {name: file[name].shape for name in self.columns if name != "image_features"}
         wanted = {
             "image_bb": (rows, 4),
             "class_ids": (rows, self.label_width),
             "class_probs": (rows, self.label_width),
+            **{name: (rows, 1) for name in self.columns if name in ATTRIBUTES},
         }
         if shapes != wanted:
             raise UsageError(
@@ -169,7 +179,7 @@ class OpenShard:
 
     def read(self, image: int, out: Sequence[np.ndarray], start: int, stop: int) -> None:
         """Read the first rows of an image into rows start .. stop of arrays [rows, width], one for
-        each of COLUMNS; raise OSError if the file ends before them.
+        each of its columns, or the first of them; raise OSError if the file ends before them.
 
         Contiguous datasets, which this project writes, are read with one `preadv` each, others
         through HDF5.
@@ -179,7 +189,7 @@ class OpenShard:
         descriptor = self.descriptor
         preadv = os.preadv
 
-        for (name, offset, row_bytes), column in zip(self.places, out):  # noqa: B905
+        for (name, offset, row_bytes), column in zip(self.places, out):  # noqa: B905 (attributes may be left out)
             rows = column[start:stop]
             if offset is None:
                 self.file[name].read_direct(rows, np.s_[first : first + len(rows)])

@@ -28,7 +28,7 @@ from megatron_interbert.data.manifest import (
 )
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.regions import Regions, has_non_finite, record_problem, repair_boxes
-from megatron_interbert.data.shard_file import COLUMNS, OpenShard
+from megatron_interbert.data.shard_file import ATTRIBUTES, OpenShard
 from megatron_interbert.errors import UsageError
 
 MAX_OPEN_SHARDS = 64
@@ -47,6 +47,7 @@ class RegionStore:
         self.manifest = read_manifest(self.path)
         self.feature_dim: int = self.manifest["feature_dim"]
         self.num_classes: int = self.manifest["num_classes"]
+        self.num_attributes: int = self.manifest.get("num_attributes", 0)
         self.shards: list[dict[str, Any]] = self.manifest["shards"]
         self.num_images = sum(s["images"] for s in self.shards)
         self._first_image = list(
@@ -112,7 +113,11 @@ class RegionStore:
         if shard is None:
             entry = self.shards[index]
             shard = OpenShard(
-                self.path / entry["file"], entry, self.feature_dim, self.manifest.get("label_width")
+                self.path / entry["file"],
+                entry,
+                self.feature_dim,
+                self.manifest.get("label_width"),
+                attributes=self.num_attributes > 0,
             )
             self._known[index] = shard
         else:
@@ -198,7 +203,8 @@ class RegionStore:
         out: Sequence[np.ndarray],
     ) -> np.ndarray:
         """Read the first regions of some images [B] straight into rows starts[i] .. stops[i] of
-        arrays, one for each of COLUMNS; return the image sizes (w, h), float32 [B, 2].
+        arrays, one for each column of a shard, perhaps without attributes; return the image sizes
+        (w, h), float32 [B, 2].
 
         Only features are checked here; the caller checks the rest, and `read` names what is wrong.
         """
@@ -269,9 +275,10 @@ class RegionStore:
             raise UsageError(f"{where} has no regions; rebuild the store without it")
 
         widths = {"image_features": self.feature_dim, "image_bb": 4}
+        widths |= dict.fromkeys(("class_ids", "class_probs"), shard.label_width)
         arrays = {
-            n: np.empty((stop - start, widths.get(n, shard.label_width)), dtype)
-            for n, dtype in COLUMNS.items()
+            name: np.empty((stop - start, widths.get(name, 1)), dtype)
+            for name, dtype in shard.columns.items()
         }
 
         try:
@@ -282,9 +289,14 @@ class RegionStore:
         size = (float(shard.sizes[row, 0]), float(shard.sizes[row, 1]))
         labels = (arrays["class_ids"], arrays["class_probs"])
         regions = Regions(
-            shard.ids[row], size, arrays["image_features"], arrays["image_bb"], *labels
+            shard.ids[row],
+            size,
+            arrays["image_features"],
+            arrays["image_bb"],
+            *labels,
+            *(arrays.get(name) for name in ATTRIBUTES),
         )
-        problem = record_problem(regions, self.num_classes)
+        problem = record_problem(regions, self.num_classes, self.num_attributes)
         if problem:
             raise UsageError(f"{where} ({regions.image_id}): {problem}")
 

@@ -73,12 +73,12 @@ class WordHead(nn.Module):
 
 
 class RegionHead(nn.Module):
-    """Predict the classes of masked regions (MRM): [M, H] -> logits [M, classes]."""
+    """Predict the classes (MRM) or attributes of masked regions: [M, H] -> logits [M, classes]."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, classes: int) -> None:
         super().__init__()
         self.transform = Transform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.num_classes)
+        self.decoder = nn.Linear(config.hidden_size, classes)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return self.decoder(self.transform(hidden))

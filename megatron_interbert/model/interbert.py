@@ -56,6 +56,7 @@ class InterBertOutput(NamedTuple):
     msm_logits: torch.Tensor | None = None
     mrm_logits: torch.Tensor | None = None  # [Mr, classes]
     mrfr_features: torch.Tensor | None = None  # [Mr, F]
+    attribute_logits: torch.Tensor | None = None  # [Mr, attributes]
     # [B, 2], or [pairs, 2] for a batch that lists its pairs; class 0 = matched
     itm_logits: torch.Tensor | None = None
     choice_logit: torch.Tensor | None = None  # [B, 1]
@@ -110,7 +111,8 @@ def build_stack(
 
 class InterBert(nn.Module):
     """Build the whole model, with any heads of msm, mrm, mrfr, itm, choice, sentence (of
-    `num_labels`), and those of downstream tasks by name.
+    `num_labels`), one for `attributes` of regions if there are some, and those of downstream tasks
+    by name.
 
     Parameters are uninitialised until drawn or loaded. `text_only` builds the text path alone:
     BERT's topology. `rule` limits and balances the load of experts in training. With `states`
@@ -131,6 +133,7 @@ class InterBert(nn.Module):
         text_only: bool = False,
         task_heads: Mapping[str, TaskHead] | None = None,
         states: bool = False,
+        attributes: int = 0,
     ) -> None:
         super().__init__()
         state = state or ParallelState()
@@ -164,9 +167,11 @@ class InterBert(nn.Module):
         if "msm" in heads:
             self.msm_head = WordHead(config, state.tensor_group, kernels)
         if "mrm" in heads:
-            self.mrm_head = RegionHead(config)
+            self.mrm_head = RegionHead(config, config.num_classes)
         if "mrfr" in heads:
             self.mrfr_head = FeatureHead(config)
+        if attributes:
+            self.attribute_head = RegionHead(config, attributes)
         if "itm" in heads:
             self.itm_head = nn.Linear(config.pooled_size, 2)
         if "choice" in heads:
@@ -235,6 +240,8 @@ class InterBert(nn.Module):
         if hasattr(self, "mrfr_head") and calls_all:
             projection = self.image_embedding.feature.weight
             found["mrfr_features"] = self.mrfr_head(regions, projection).float()
+        if hasattr(self, "attribute_head") and calls_all:
+            found["attribute_logits"] = self.attribute_head(regions).float()
         if hasattr(self, "sentence_head"):
             found["sentence_logits"] = self.sentence_head(first).float()
         if pooled_image is not None:
@@ -322,7 +329,7 @@ class InterBert(nn.Module):
     @property
     def _predicts_regions(self) -> bool:
         """Check whether a head predicts something of masked regions."""
-        return hasattr(self, "mrm_head") or hasattr(self, "mrfr_head")
+        return any(hasattr(self, name) for name in ("mrm_head", "mrfr_head", "attribute_head"))
 
     @property
     def _waits_for_images(self) -> bool:

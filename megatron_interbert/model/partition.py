@@ -32,9 +32,9 @@ TABLE = [
     (r"text_embedding\.(position|token_type|norm)\..*", "replicated"),
     (r"image_embedding\..*", "replicated"),
     (r"(text|image)_pooler\..*", "replicated"),
-    (r"(msm|mrm|mrfr)_head\.transform\..*", "replicated"),
+    (r"(msm|mrm|mrfr|attribute)_head\.transform\..*", "replicated"),
     (r"mrfr_head\.bias", "replicated"),
-    (r"mrm_head\.decoder\..*", "replicated"),
+    (r"(mrm|attribute)_head\.decoder\..*", "replicated"),
     (r"(itm|choice|sentence)_head\..*", "replicated"),
     (r"task_heads\..*", "replicated"),
     (r"official_extra\..*", "replicated"),  # foreign heads, carried along by conversions

@@ -7,6 +7,7 @@ and soft labels confuse similar classes. The same seed gives the same corpus. Tr
 are drawn independently.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ import numpy as np
 
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.files import write_text
+from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.detector import FEATURES, SOFT_LABELS, Detector, generated_store
 from megatron_interbert.sample.questions import question
@@ -186,7 +188,7 @@ class World:
         found = self.draw(random)
         features = self.object_features[found.kinds] + self.colour_features[found.colours]
         regions = self.detector.detect(
-            random, name, (WIDTH, HEIGHT), found.kinds, features, found.boxes
+            random, name, (WIDTH, HEIGHT), found.kinds, features, found.boxes, found.colours
         )
         what = (found.place, found.kinds, found.colours, found.boxes)
 
@@ -209,6 +211,8 @@ class World:
             scene.boxes.astype(np.float32),
             ids,
             probs,
+            scene.colours.astype(np.int32)[:, None],
+            np.ones((len(scene.kinds), 1), np.float32),
         )
 
     def english(
@@ -292,9 +296,14 @@ def vocabulary() -> list[str]:
     )
 
 
+def open_store(folder: Path, seed: int) -> contextlib.AbstractContextManager[RegionStoreWriter]:
+    """Open the writer of a store of scenes, whose regions have colours as attributes."""
+    return generated_store(folder, seed, NAMES, vocabulary(), num_attributes=len(COLOUR_NAMES))
+
+
 def write_split(world: World, folder: Path, split: str, scenes: int, seed: int) -> None:
     """Write one region store of generated scenes, with its vocabulary."""
-    with generated_store(folder / split, seed, NAMES, vocabulary()) as writer:
+    with open_store(folder / split, seed) as writer:
         for number in progress(range(scenes), desc=f"{split} scenes", unit="scene"):
             writer.add(*world.scene(_random(seed, split, number), f"{split}-{number:06d}"))
 
@@ -305,7 +314,7 @@ def write_questions(world: World, folder: Path, split: str, scenes: int, seed: i
     """
     lines = []
 
-    with generated_store(folder / "vcr" / split, seed, NAMES, vocabulary()) as writer:
+    with open_store(folder / "vcr" / split, seed) as writer:
         for number in progress(range(scenes), desc=f"{split} questions", unit="scene"):
             name = f"{split}-{number:06d}"
             scene = world.draw(_random(seed, split, number))

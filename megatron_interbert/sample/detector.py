@@ -9,7 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.data.manifest import HARD_IMAGES, HARD_NEGATIVES, MANIFEST
+from megatron_interbert.data.manifest import (
+    CENTROIDS,
+    CLUSTERS,
+    HARD_IMAGES,
+    HARD_NEGATIVES,
+    MANIFEST,
+)
 from megatron_interbert.data.regions import Regions
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import publish_folder
@@ -21,7 +27,7 @@ FEATURES = 64
 SOFT_LABELS = 5
 PICTURES = "pictures"  # folder in the store of a shop
 OF_SHOPS = tuple(f"{name}.jsonl" for name in ("items", "queries", "topics", "clicks"))
-MINED = (HARD_NEGATIVES, HARD_IMAGES)
+MINED = (HARD_NEGATIVES, HARD_IMAGES, CLUSTERS, CENTROIDS)
 HALF_WRITTEN = (
     *(f"{name}{end}" for name in OF_SHOPS for end in (".[0-9]*.new", ".partial")),
     f"{HARD_IMAGES}.[0-9]*.new",
@@ -50,9 +56,10 @@ class Detector:
         classes: np.ndarray,
         features: np.ndarray,
         boxes: np.ndarray,
+        attributes: np.ndarray | None = None,
     ) -> Regions:
         """Draw one or two overlapping regions for each thing (classes [n], features [n, FEATURES],
-        boxes [n, 4] in pixels), most confident first.
+        boxes [n, 4] in pixels, perhaps attributes [n]), most confident first.
         """
         owner = np.repeat(np.arange(len(classes)), random.integers(1, 3, size=len(classes)))
         extent = np.tile(boxes[owner, 2:] - boxes[owner, :2], 2)
@@ -74,7 +81,17 @@ class Detector:
             jittered[order].astype(np.float32),
             self.neighbours[classes[owner]][order] + 1,
             near[order].astype(np.float32),
+            *(() if attributes is None else of_things(attributes[owner], confidence, order)),
         )
+
+
+def of_things(
+    attributes: np.ndarray, confidence: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the attribute of each region [R, 1] and its probability, in an order of regions."""
+    return attributes[order].astype(np.int32)[:, None], confidence[order].astype(np.float32)[
+        :, None
+    ]
 
 
 @contextlib.contextmanager
@@ -84,6 +101,7 @@ def generated_store(
     class_names: Sequence[str],
     vocabulary: Sequence[str],
     text_normalisation: str = "none",
+    num_attributes: int = 0,
 ) -> Iterator[RegionStoreWriter]:
     """Yield the writer of a generated store, which replaces the one at `path` once it is complete.
 
@@ -112,7 +130,11 @@ def generated_store(
         detector={"name": "generated world", "revision": f"seed {seed}"},
         soft_labels="top_k",
         vocabulary="\n".join(vocabulary) + "\n",
-        extra={"generated": True, "text_normalisation": text_normalisation},
+        extra={
+            "generated": True,
+            "text_normalisation": text_normalisation,
+            "num_attributes": num_attributes,
+        },
         images_per_shard=2048,
     ) as writer:
         yield writer

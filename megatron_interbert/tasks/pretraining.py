@@ -28,6 +28,7 @@ from megatron_interbert.tasks.parts import (
     vocabulary_of_run,
 )
 from megatron_interbert.tasks.region_losses import (
+    attribute_losses,
     feature_losses,
     hard_label,
     hard_label_losses,
@@ -36,7 +37,7 @@ from megatron_interbert.tasks.region_losses import (
 from megatron_interbert.tasks.task import Job
 
 JOINED = {"itm": ("wra",)}  # objectives that a mix trains in the steps of another
-WITH_ACCURACY = ("msm", "mrm", "mrc", "itm")
+WITH_ACCURACY = ("msm", "mrm", "mrc", "attributes", "itm")
 Sums = tuple[torch.Tensor, torch.Tensor]  # of losses and of right answers, scalars
 
 
@@ -64,6 +65,7 @@ class PretrainingTask:
             "msm": masked_words,
             "mrm": masked_classes,
             "mrc": self._likely_classes,
+            "attributes": attributes,
             "mrfr": self._features,
             "itm": matching,
             "wra": alignment,
@@ -183,6 +185,13 @@ def masked_classes(output: InterBertOutput, batch: PackedBatch) -> Sums:
     return losses.sum(), (output.mrm_logits.argmax(dim=1) == labels).sum()
 
 
+def attributes(output: InterBertOutput, batch: PackedBatch) -> Sums:
+    """Return the sums of attributes."""
+    ids = batch.mrm_attribute_ids
+    losses = attribute_losses(output.attribute_logits, ids, batch.mrm_attribute_probs)
+    return losses.sum(), (output.attribute_logits.argmax(dim=1) == ids).sum()
+
+
 def matching(output: InterBertOutput, batch: PackedBatch) -> Sums:
     """Return the sums of ITM."""
     mismatched = batch.mismatched[: len(output.itm_logits)]  # none for texts alone
@@ -206,9 +215,16 @@ def heads_of(config: RunConfig, has_labels: bool) -> tuple[str, ...]:
     return tuple(heads)
 
 
-def model_options(config: RunConfig) -> dict[str, Any]:
+def model_options(config: RunConfig, num_attributes: int) -> dict[str, Any]:
     """Return the further arguments of InterBert that the objectives need."""
-    return {"states": True} if "wra" in config.objective_names() else {}
+    names = config.objective_names()
+    options: dict[str, Any] = {}
+    if "wra" in names:
+        options["states"] = True
+    if "attributes" in names:
+        options["attributes"] = num_attributes
+
+    return options
 
 
 def open_labelled(config: RunConfig) -> Corpus:
@@ -260,7 +276,7 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
         heads_of(config, corpus.has_labels),
         data,
         tokenizer.vocab_file,
-        model_options=model_options(config),
+        model_options=model_options(config, corpus.num_attributes),
         valid_samples=valid,
     )
 

@@ -57,6 +57,13 @@ def hard_label_losses(
     return losses, labels
 
 
+def attribute_losses(logits: torch.Tensor, ids: torch.Tensor, probs: torch.Tensor) -> torch.Tensor:
+    """Return the cross entropy [M] of attributes [M] times the detector's confidence in them
+    (LXMERT, VOLTA), from logits [M, attributes].
+    """
+    return F.cross_entropy(logits, ids, reduction="none") * probs
+
+
 def feature_losses(
     features: torch.Tensor, batch: PackedBatch, normalise: bool, reduction: str
 ) -> torch.Tensor:

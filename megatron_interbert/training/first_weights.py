@@ -18,7 +18,7 @@ from megatron_interbert.weights.sources import WeightSource, open_weights, recog
 from megatron_interbert.weights.views import divided_into_experts, untied
 
 # of downstream tasks and further objectives; pretrained weights lack them
-NEW_HEADS = ("choice_head.", "sentence_head.", "task_heads.", "mrfr_head.")
+NEW_HEADS = ("choice_head.", "sentence_head.", "task_heads.", "mrfr_head.", "attribute_head.")
 
 
 @dataclass(frozen=True)

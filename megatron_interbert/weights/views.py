@@ -20,7 +20,7 @@ from megatron_interbert.weights.tensor_files import TensorLayout
 
 LAYER = re.compile(r"(interaction|text|image)(?:_stream)?\.layers\.(\d+)\.(.*)")
 MLP = re.compile(r"mlp\.(up|down)\.(weight|bias)")
-OWN_HEADS = ("task_heads.", "mrfr_head.")
+OWN_HEADS = ("task_heads.", "mrfr_head.", "attribute_head.")
 # of the logits of new routers, for inputs of a LayerNorm with gain 1: almost uniform choices
 SPREAD = 1e-3
 

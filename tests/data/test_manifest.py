@@ -20,6 +20,12 @@ ODD = {
     "captions_file": ["x", {}, None],
     "tokens_file": ["x", {}, None],
     "label_width": ["x", 0, 10**9, 12, 3.0, None],
+    "num_attributes": ["x", -1, 10**9, 3.0, None],
+    "clusters": [
+        *(None, [], {}, {"count": 5}, {"count": 0, "regions": 1, "centroids": {}, "origin": {}}),
+        {"count": 5, "regions": 1, "centroids": {}, "origin": {}},
+        {"count": 5, "regions": 1, "centroids": {}, "origin": [], "file": "shard-00000.h5"},
+    ],
     "class_names": [[1, {}], "x", {"a": 1}, [None], None],
     "background_class": ["x", -1, 11, 0.5, True],
     "text_normalisation": [5, "klingon", None, []],

@@ -272,6 +272,13 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
                 " holds the features of one detector"
             )
 
+    attributes = sorted({facts.num_attributes for facts in all_facts} - {0})
+    if len(attributes) > 1:
+        raise UsageError(
+            f"the sources have {' and '.join(map(str, attributes))} attributes of regions; a store"
+            " holds those of one detector"
+        )
+
     if names and len(names) != first.num_classes:
         raise UsageError(
             f"--class-names: {len(names) - 1} names, expected {first.num_classes - 1} (without"
@@ -285,6 +292,7 @@ def _common_facts(plan: BuildPlan) -> SourceFacts:
         names,
         plan.detector,
         first.background_class,
+        attributes[0] if attributes else 0,
     )
 
 

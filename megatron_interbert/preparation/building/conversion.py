@@ -206,8 +206,10 @@ def _keep(found: Record | Dropped, job: UnitJob) -> Any:
         regions.features,
         regions.boxes,
         *fit_labels(regions, job.soft_labels, job.facts.num_classes),
+        *fit_attributes(regions, job.facts.num_attributes),
     )
-    ready = prepare_record(fitted, job.facts.feature_dim, job.facts.num_classes)
+    facts = job.facts
+    ready = prepare_record(fitted, facts.feature_dim, facts.num_classes, facts.num_attributes)
     if ready.problem:
         return Dropped(found.where, image_id, ready.problem, ready.details)
     if ready.repaired and job.strict_boxes:
@@ -216,6 +218,19 @@ def _keep(found: Record | Dropped, job: UnitJob) -> Any:
         )
 
     return ready, captions
+
+
+def fit_attributes(regions: Regions, number: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the attributes that a store with so many keeps; regions without any get the first one,
+    with a confidence of 0.
+    """
+    if not number:
+        return None, None
+    if regions.attribute_ids is not None:
+        return regions.attribute_ids, regions.attribute_probs
+
+    shape = (len(regions.features), 1)
+    return np.zeros(shape, np.int32), np.zeros(shape, np.float32)
 
 
 def fit_labels(regions: Regions, width: int, num_classes: int) -> tuple[np.ndarray, np.ndarray]:

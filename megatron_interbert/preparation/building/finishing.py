@@ -78,6 +78,7 @@ def finish(
     manifest = new_manifest(
         feature_dim=facts.feature_dim,
         num_classes=facts.num_classes,
+        num_attributes=facts.num_attributes,
         detector=plan.detector,
         background_class=facts.background_class,
         soft_labels=" and ".join(sorted({p for kind in +done.kinds for p in kind.split(" and ")})),

@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.regions import Regions
-from megatron_interbert.data.shard_file import COLUMNS, OpenShard
+from megatron_interbert.data.shard_file import ATTRIBUTES, COLUMNS, OpenShard
 from megatron_interbert.preparation.building.joining import AGAIN, MERGED, Change, Decision
 from megatron_interbert.preparation.building.shard_writer import Caption, write_shard
 
@@ -57,7 +57,7 @@ def _look_up(folder: Path, entries: list[dict[str, Any]], rows: set[int]) -> dic
                 ranges = file["pos_boxes"][:]
                 for row in own:
                     digest = hashlib.blake2b(digest_size=16)
-                    for name in COLUMNS:
+                    for name in columns_of(file):
                         digest.update(file[name][slice(*ranges[row - first])].tobytes())
                     found[row] = _Seen(digest.digest(), [])
 
@@ -68,6 +68,11 @@ def _look_up(folder: Path, entries: list[dict[str, Any]], rows: set[int]) -> dic
         first += entry["images"]
 
     return found
+
+
+def columns_of(file: Hdf5File) -> list[str]:
+    """Return the columns of a shard."""
+    return [*COLUMNS, *(name for name in ATTRIBUTES if name in file)]
 
 
 def change_shards(
@@ -102,13 +107,13 @@ def _write_again(
     """Write the images of a shard that stay, as they are to be; return the manifest entry."""
     with Hdf5File(folder / entry["file"]) as file:
         width = file["image_features"].shape[1]
+        columns = {name: file[name][:] for name in columns_of(file)}
 
-    shard = OpenShard(folder / entry["file"], entry, width)
+    attributes = ATTRIBUTES.keys() <= columns.keys()
+    shard = OpenShard(folder / entry["file"], entry, width, attributes=attributes)
     captions: dict[int, list[Caption]] = {}
     for text, language, image in shard.captions():
         captions.setdefault(image, []).append((text, language))
-    with shard.hdf5() as file:
-        columns = {name: file[name][:] for name in COLUMNS}
 
     records = []
     for row, image_id in enumerate(shard.ids):
@@ -125,6 +130,7 @@ def _write_again(
             arrays["image_bb"],
             arrays["class_ids"],
             arrays["class_probs"],
+            *(arrays.get(name) for name in ATTRIBUTES),
         )
         records.append(
             (regions, captions.get(row, []) if change.captions is None else change.captions)

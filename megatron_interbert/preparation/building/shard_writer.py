@@ -17,7 +17,7 @@ import numpy as np
 from megatron_interbert.data.hdf5 import Hdf5File
 from megatron_interbert.data.manifest import CAPTIONS, TOKENS
 from megatron_interbert.data.regions import Regions, record_problem, repair_boxes
-from megatron_interbert.data.shard_file import COLUMNS
+from megatron_interbert.data.shard_file import ATTRIBUTES, COLUMNS
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.files import write_by_name
 
@@ -40,7 +40,9 @@ class Prepared:
     details: str = ""
 
 
-def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prepared:
+def prepare_record(
+    regions: Regions, feature_dim: int, num_classes: int, num_attributes: int = 0
+) -> Prepared:
     """Check one image and convert it to the stored form: float16 features, boxes sorted and
     clipped.
     """
@@ -76,9 +78,15 @@ def prepare_record(regions: Regions, feature_dim: int, num_classes: int) -> Prep
         features = regions.features.astype(np.float16)
 
     ready = Regions(
-        regions.image_id, regions.size, features, boxes, regions.class_ids, regions.class_probs
+        regions.image_id,
+        regions.size,
+        features,
+        boxes,
+        regions.class_ids,
+        regions.class_probs,
+        *((regions.attribute_ids, regions.attribute_probs) if num_attributes else ()),
     )
-    problem = record_problem(ready, num_classes)
+    problem = record_problem(ready, num_classes, num_attributes)
     if problem:
         kind, _, details = problem.partition("; ")
         return Prepared(regions, problem=kind, details=details)
@@ -112,7 +120,12 @@ def write_shard(path: Path, records: Sequence[tuple[Regions, Sequence[Caption]]]
         for regions, captions in records
         for text in (regions.image_id, *(part for c in captions for part in c))
     ]
-    arrays = (array for regions, _ in records for array in list(vars(regions).values())[2:])
+    arrays = (
+        array
+        for regions, _ in records
+        for array in vars(regions).values()
+        if isinstance(array, np.ndarray)
+    )
 
     return {
         **write_by_name(path, write, sum(array.nbytes for array in arrays) + _heap_bytes(strings)),
@@ -137,9 +150,12 @@ def _fill_shard(
         "class_ids": ("class_ids", first.class_ids.shape[1]),
         "class_probs": ("class_probs", first.class_ids.shape[1]),
     }
+    if first.attribute_ids is not None:
+        widths |= {name: (name, 1) for name in ATTRIBUTES}
 
     for name, (field, width) in widths.items():  # contiguous: the regions of one image are one read
-        dataset = file.create_dataset(name, (int(ends[-1]), width), COLUMNS[name])
+        dtype = (COLUMNS | ATTRIBUTES)[name]
+        dataset = file.create_dataset(name, (int(ends[-1]), width), dtype)
         for (regions, _), start, end in zip(records, starts, ends, strict=True):
             dataset[start:end] = getattr(regions, field)
 

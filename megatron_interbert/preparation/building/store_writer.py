@@ -178,7 +178,13 @@ class RegionStoreWriter:
 
         Raises UsageError naming the image if it cannot be stored.
         """
-        ready = prepare_record(regions, self.manifest["feature_dim"], self.manifest["num_classes"])
+        facts = self.manifest
+        ready = prepare_record(
+            regions,
+            facts["feature_dim"],
+            facts["num_classes"],
+            facts.get("num_attributes", 0),
+        )
         if ready.problem:
             raise UsageError(
                 f"image {regions.image_id}:"

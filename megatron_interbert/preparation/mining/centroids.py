@@ -28,7 +28,7 @@ class Centroids:
     @property
     def unit_length(self) -> bool:
         """Check whether features are compared with them at unit length."""
-        return bool(self.origin["unit_length"])
+        return bool(self.origin.get("unit_length", True))
 
     def write(self, store: Path) -> None:
         """Write the file of a store that holds them."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_interbert.preparation.building.store_writer import RegionStoreWriter
 from megatron_interbert.sample.corpus import (
     COLOUR_NAMES,
     HEIGHT,
@@ -17,9 +16,8 @@ from megatron_interbert.sample.corpus import (
     WIDTH,
     Scene,
     World,
-    vocabulary,
+    open_store,
 )
-from megatron_interbert.sample.detector import generated_store
 
 THINGS = 6  # in every scene
 SHARED = (3, 2, 1)  # things of each colour in a scene where colours are shared
@@ -167,12 +165,15 @@ def write_scenes(
             exact.add(world.annotated(scene, random, name), [])
 
 
-def open_store(folder: Path, seed: int) -> RegionStoreWriter:
-    """Open the writer of a generated store with the sample's classes and vocabulary."""
-    return generated_store(folder, seed, NAMES, vocabulary())
-
-
 def detected(world: World, random: np.random.Generator, name: str, scene: TaskScene) -> object:
     """Draw the regions that a detector finds in a scene."""
     features = world.object_features[scene.kinds] + world.colour_features[scene.colours]
-    return world.detector.detect(random, name, (WIDTH, HEIGHT), scene.kinds, features, scene.boxes)
+    return world.detector.detect(
+        random,
+        name,
+        (WIDTH, HEIGHT),
+        scene.kinds,
+        features,
+        scene.boxes,
+        scene.colours,
+    )

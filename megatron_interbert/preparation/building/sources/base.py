@@ -52,6 +52,7 @@ class SourceFacts:
     # name, revision and whatever else is known; None: the caller knows
     detector: dict[str, Any] | None = None
     background_class: int | None = 0
+    num_attributes: int = 0  # 0: regions have none
 
 
 class FeatureSource(Protocol):

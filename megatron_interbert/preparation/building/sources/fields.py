@@ -16,6 +16,7 @@ CLASS_ONLY = "top_1_without_confidence"
 NONE = "none"
 BACKGROUND_FIRST = "background-first"
 BACKGROUND_NONE = "background-none"
+MOST = 1.001  # of a probability that was rounded
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class ReadOptions:
     box_format: str = "xyxy"
     soft_labels: int = 10
     num_classes: int = 1601  # with background
+    num_attributes: int = 400
     trust_pickle: bool = False
     image_sizes: str = ""
     class_names: tuple[str, ...] = ()
@@ -66,7 +68,7 @@ def make_regions(
 ) -> tuple[Regions, str]:
     """Build regions, and the kind of their labels, from image_id, width, height, boxes [R, 4],
     features [R, F] and one of: class_probs [R, C], class_ids [R] with class_confidence [R],
-    class_ids alone, nothing.
+    class_ids alone, nothing; and perhaps attribute_ids [R] with attribute_confidence [R].
 
     `scheme` is the usual class numbering of the format. shares: boxes are shares of the image.
     Raises BadRecord if fields do not fit.
@@ -104,6 +106,7 @@ def make_regions(
             boxes,
             ids,
             probs,
+            *_attributes(fields, rows, options),
         ),
         kind,
     )
@@ -159,6 +162,38 @@ def _labels(
     ids = (first[:, None] + np.arange(width)) % options.num_classes
 
     return ids, probs, CLASS_ONLY if confidence is None else TOP_1
+
+
+def _attributes(
+    fields: Mapping[str, Any], rows: int, options: ReadOptions
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Return the attribute of each region and its confidence [R, 1], from attribute_ids [R] and
+    perhaps attribute_confidence [R]; (None, None) if there are none.
+    """
+    if "attribute_ids" not in fields:
+        return None, None
+
+    ids = np.asarray(fields["attribute_ids"]).reshape(-1)
+    confidence = fields.get("attribute_confidence")
+    probs = np.ones(rows) if confidence is None else np.asarray(confidence).reshape(-1)
+    if ids.shape != (rows,) or probs.shape != (rows,) or ids.dtype.kind not in "iu":
+        raise BadRecord(
+            "attributes do not fit the number of boxes",
+            f"{ids.shape} {ids.dtype} with confidences {probs.shape} for {rows} boxes",
+        )
+    if ids.min() < 0 or ids.max() >= options.num_attributes:
+        raise BadRecord(
+            "attribute ids beyond the attributes",
+            f"{ids.min()} to {ids.max()}, expected 0 to {options.num_attributes - 1}; see"
+            " --num-attributes",
+        )
+
+    if not (probs.min() >= 0 and probs.max() <= MOST):
+        raise BadRecord(
+            "attribute confidences are no probabilities", f"{probs.min():g} to {probs.max():g}"
+        )
+
+    return ids.astype(np.int32)[:, None], probs.astype(np.float32)[:, None]
 
 
 def _distribution(dense: np.ndarray, rows: int, options: ReadOptions) -> np.ndarray:

@@ -19,6 +19,7 @@ class Look:
 
     shares: whether boxes are shares of the image. dense: number of columns of a class
     distribution, in a tuple, empty if there is none. size: (w, h) of the first good image.
+    attributes: whether regions have some that can be used.
     """
 
     shares: bool
@@ -27,6 +28,7 @@ class Look:
     first: Fields
     dense: tuple[int, ...]
     size: tuple[float, float]
+    attributes: bool
 
     def described(self, options: ReadOptions) -> str:
         """Return the fields, and how boxes and classes are read."""
@@ -35,6 +37,7 @@ class Look:
             f"{self.feature_dim} features a region",
             self._boxes(options),
             self._classes(options),
+            *([f"one of {options.num_attributes} attributes each"] if self.attributes else []),
             *self.first.notes,
         ]
         return "; ".join(parts)

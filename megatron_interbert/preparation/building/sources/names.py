@@ -63,11 +63,18 @@ NAMES = {
         *("pred_scores", "class_conf", "class_scores"),
     ),
     "class_names": ("class", "class_names"),
+    "attribute_ids": (
+        *("attrs_id", "attrs_ids", "attr_id", "attr_ids", "attribute_ids", "attributes_id"),
+    ),
+    "attribute_confidence": (
+        *("attrs_conf", "attrs_confs", "attr_conf", "attr_confs", "attribute_confidence"),
+        *("attributes_conf",),
+    ),
     "caption": ("caption", "captions", "title"),
 }
 OF_REGIONS = (
     *("features", "boxes", "shares", "class_probs", "class_ids", "class_confidence"),
-    "class_names",
+    *("class_names", "attribute_ids", "attribute_confidence"),
 )
 OURS = {theirs: ours for ours, spellings in NAMES.items() for theirs in spellings}
 # Spellings of class ids that count background as 0; the others count from the first object.

@@ -130,7 +130,7 @@ class RecordSource(ABC):
         shares = votes[box_kinds.SHARES] > votes[box_kinds.PIXELS]
         for where, fields in found:
             try:
-                regions, labels = self._regions(fields, shares)
+                regions, labels = self._regions_or_without_attributes(fields, shares)
             except BadRecord as error:
                 problems.append(told(Dropped(where, "", error.reason, error.details)))
             else:
@@ -141,7 +141,8 @@ class RecordSource(ABC):
                     fields.notes.append("KDD Cup 2020 has other boxes: give --box-format yxyx")
                 if self.floats != FLOAT32:
                     fields.notes.append(f"features written as {self.floats}")
-                return Look(shares, width, labels, fields, dense, regions.size)
+                attributes = regions.attribute_ids is not None
+                return Look(shares, width, labels, fields, dense, regions.size, attributes)
 
         raise UsageError(
             f"{self.path}: no good record among the first {len(problems)}"
@@ -150,7 +151,12 @@ class RecordSource(ABC):
 
     def facts(self) -> SourceFacts:
         """Return the facts, with the feature size of the first good record."""
-        return SourceFacts(self.look.feature_dim, self.options.num_classes, self.look.labels)
+        return SourceFacts(
+            self.look.feature_dim,
+            self.options.num_classes,
+            self.look.labels,
+            num_attributes=self.options.num_attributes if self.look.attributes else 0,
+        )
 
     def how(self) -> str:
         """Describe in one line how the source is read."""
@@ -169,7 +175,7 @@ class RecordSource(ABC):
 
         name = str(fields.values["image_id"])
         try:
-            regions, kind = self._regions(fields, shares)
+            regions, kind = self._regions(fields, shares, self.look.attributes)
         except BadRecord as error:
             return Dropped(raw.where, name, error.reason, error.details)
 
@@ -189,9 +195,20 @@ class RecordSource(ABC):
             details = f"{type(error).__name__}: {error}"
             return Dropped(raw.where, name, "record that cannot be used", details)
 
-    def _regions(self, fields: Fields, shares: bool) -> tuple[Regions, str]:
-        """Return regions and the kind of their labels; raise BadRecord for boxes of another kind
-        than those of the source.
+    def _regions_or_without_attributes(self, fields: Fields, shares: bool) -> tuple[Regions, str]:
+        """Return regions and the kind of their labels; without attributes, and with a note, if
+        those cannot be used.
+        """
+        try:
+            return self._regions(fields, shares, attributes=True)
+        except BadRecord as error:
+            found = self._regions(fields, shares, attributes=False)
+            fields.notes.append(f"attributes are left out ({error.reason}: {error.details})")
+            return found
+
+    def _regions(self, fields: Fields, shares: bool, attributes: bool) -> tuple[Regions, str]:
+        """Return regions, perhaps with their attributes, and the kind of their labels; raise
+        BadRecord for boxes of another kind than those of the source.
         """
         if fields.boxes and not fields.named:
             other = box_kinds.SHARES if shares else box_kinds.PIXELS
@@ -201,7 +218,9 @@ class RecordSource(ABC):
                     f"corners {fields.values['boxes'].min():g} to {fields.values['boxes'].max():g}",
                 )
 
-        values = fields.values
+        values = dict(fields.values)
+        if not attributes:
+            values.pop("attribute_ids", None)
         if "width" not in values and (shares or fields.named):
             values = {**values, "width": 1, "height": 1}
 

@@ -35,6 +35,7 @@ class StoreSource:
             names,
             manifest["detector"],
             background,
+            self.store.num_attributes,
         )
 
     def units(self, images_per_unit: int) -> list[list[int]]:

@@ -85,6 +85,7 @@ def fields_of(
     _add_size(found, raw, sizes)
     _add_labels(found, raw, rows or len(found.values["features"]))
     _add_named_classes(found, raw, classes)
+    _add_attributes(found, raw, rows or len(found.values["features"]))
     if not found.named:
         size = found.values.get("width"), found.values.get("height")
         known = None if None in size else size
@@ -301,6 +302,28 @@ def _add_named_classes(found: Fields, raw: Mapping[str, Any], classes: Mapping[s
     found.values["class_ids"] = trimmed(np.array(known), len(found.values["features"]), "class_ids")
     found.scheme = BACKGROUND_FIRST
     found.by_name = True
+
+
+def _add_attributes(found: Fields, raw: Mapping[str, Any], rows: int) -> None:
+    """Add attribute_ids and attribute_confidence; what cannot be read fits no region."""
+    for name, dtypes in (
+        ("attribute_ids", ("i8", "i4")),
+        ("attribute_confidence", ("f4", "f8", "f2")),
+    ):
+        value = raw.get(name)
+        if value is None:
+            continue
+
+        try:
+            if isinstance(value, str | bytes):
+                value = decoded(value, rows, dtypes, name)
+            array = trimmed(array_of(value, rows, dtypes[0], name), rows, name)
+        except BadRecord:
+            array = np.zeros(0, np.int64)
+
+        if array.dtype.kind == "f" and name == "attribute_ids" and (array == array.round()).all():
+            array = array.astype(np.int64)
+        found.values[name] = array
 
 
 def _are_words(value: Any) -> bool:
