@@ -41,12 +41,8 @@ from megatron_interbert.planning.timing import MACHINES
 from megatron_interbert.planning.traffic import Traffic, step_traffic
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.parts import sizes_of_model
-from megatron_interbert.tasks.pretraining import (
-    PretrainingTask,
-    heads_of,
-    model_options,
-    pretraining_job,
-)
+from megatron_interbert.tasks.pretraining.job import heads_of, model_options, pretraining_job
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import agree_with_json, described_offload, merge
 from megatron_interbert.training.micro_batch import layout_of
@@ -195,9 +191,9 @@ def random_job(config: DryRunConfig) -> Job:
     """Return a job whose samples are random."""
     sizes, _ = with_usual_data(sizes_of_model(config))
     heads = heads_of(config, has_labels=True)
-    if "attributes" in config.objective_names():
-        raise UsageError("--words: random samples have no attributes; give --data-path instead")
-    options = model_options(config, 0)
+    for name in {"attributes", "vqa"}.intersection(config.objective_names()):
+        raise UsageError(f"--words: random samples have nothing for {name}; leave --words out")
+    options = model_options(config)
     return Job(PretrainingTask(config), None, sizes, heads, {}, "", model_options=options)
 
 

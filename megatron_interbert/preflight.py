@@ -40,7 +40,8 @@ from megatron_interbert.tasks.parts import (
     fitted_sizes,
     vocabulary_of_run,
 )
-from megatron_interbert.tasks.pretraining import open_labelled
+from megatron_interbert.tasks.pretraining.job import note_questions, open_labelled
+from megatron_interbert.tasks.pretraining.questions import read_questions
 from megatron_interbert.training.deepspeed_config import (
     agree_with_json,
     described_offload,
@@ -148,7 +149,9 @@ def check_data(config: PreflightConfig) -> str:
     sizes.check_expert_parallel(config.expert_parallel_size)
     config.check_float8(sizes)
     config.check_routing(sizes)
-    dataset = PretrainingSet(corpus, tokenizer, config)
+    asked = read_questions(config, ParallelState())
+    questions = asked.questions if asked is not None else None
+    dataset = PretrainingSet(corpus, tokenizer, config, questions)
     if config.by_trial:
         config.check_share(config.global_batch_size // config.data_parallel_size)
         config.micro_batch_size = config.micro_batch_multiple
@@ -221,7 +224,10 @@ def check_disk(config: PreflightConfig) -> str:
     resumed = newest_manifest(config) if config.resume != "never" else None
     if resumed:
         path, manifest = resumed
-        check_same_model(manifest, sizes, describe_data(tokenizer, corpus), str(path))
+        data = describe_data(tokenizer, corpus)
+        if asked := read_questions(config, ParallelState()):
+            note_questions(data, asked, config)
+        check_same_model(manifest, sizes, data, str(path))
 
     weight = 4 if not (config.fp16 or config.bf16) else 2
     # bytes: fp32 master weights and two moments; weights for DeepSpeed and as safetensors

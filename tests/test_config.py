@@ -11,7 +11,7 @@ from megatron_interbert.config.options import AUTO, rows
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.presets import PRESETS, load_model_config
-from megatron_interbert.tasks.pretraining import config_of_validation
+from megatron_interbert.tasks.pretraining.job import config_of_validation
 from megatron_interbert.tasks.registry import EVALUATED, FINETUNED
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig, RetrievalConfig
 from megatron_interbert.training.deepspeed_config import merge

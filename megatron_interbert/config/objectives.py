@@ -13,12 +13,14 @@ OBJECTIVES = {
     "attributes": "attributes of masked regions, weighted by the detector's confidence",
     "mrfr": "features of masked regions",
     "itm": "image-text matching",
+    "vqa": "answers to questions about images",
     "wra": "alignment of words and regions by optimal transport",
 }
 USUAL = ("msm", "mrm", "itm")
 WITHOUT_LABELS = ("msm", "mrfr", "itm")  # for stores whose regions have no classes
 OF_CLASSES = ("mrm", "mrc")
 OF_REGIONS = (*OF_CLASSES, "attributes", "mrfr")
+WITH_MATCHING = ("wra", "vqa")  # objectives that a mix trains in the steps of itm
 USUAL_WEIGHTS = {"wra": 0.1}  # of the loss; others 1
 
 
@@ -59,15 +61,18 @@ def check_name(name: str, flag: str) -> None:
 
 
 def check_mix(mix: Mapping[str, float], objectives: tuple[str, ...]) -> None:
-    """Raise UsageError unless a mix draws each objective, and only those; wra has no steps of its
-    own, but joins those of itm.
+    """Raise UsageError unless a mix draws each objective, and only those; WITH_MATCHING have no
+    steps of their own, but join those of itm.
     """
-    if "wra" in mix:
-        raise UsageError("--objective-mix: wra has no steps of its own; it joins those of itm")
-    if "wra" in objectives and "itm" not in mix:
-        raise UsageError("--objective-mix: wra needs itm, whose steps it joins")
+    for name in WITH_MATCHING:
+        if name in mix:
+            raise UsageError(
+                f"--objective-mix: {name} has no steps of its own; it joins those of itm"
+            )
+        if name in objectives and "itm" not in mix:
+            raise UsageError(f"--objective-mix: {name} needs itm, whose steps it joins")
 
-    drawn = {name for name in objectives if name != "wra"}
+    drawn = {name for name in objectives if name not in WITH_MATCHING}
     if set(mix) != drawn:
         raise UsageError(
             f"--objective-mix draws {','.join(mix)}, but --objectives are {','.join(objectives)};"

@@ -50,6 +50,12 @@ class RunConfig(TrainConfig):
     language: str = setting(
         "", "train only on captions with this language tag (en, zh); default: all", SAME
     )
+    questions: str = setting(
+        "",
+        "YAML with the files of questions for the objective vqa, by the task whose format they have"
+        " (vqa, gqa, vgqa), as in --task-flags of finetune multitask",
+        FREE,
+    )
     masking: str = setting(
         "paper", "masking of the paper or of the official code", SAME, ("paper", "official")
     )
@@ -91,7 +97,7 @@ class RunConfig(TrainConfig):
         ",".join(USUAL),
         "losses to train on, comma-separated: msm words, mrm and mrc classes of regions (whole"
         " distribution, most likely one), attributes theirs, mrfr their features,"
-        " itm matching, wra alignment",
+        " itm matching, vqa answers to --questions, wra alignment",
         SAME,
         group="optimisation",
         fitted=True,
@@ -295,6 +301,14 @@ class RunConfig(TrainConfig):
             )
 
         names = self.objective_names()
+        if "vqa" in names and not self.questions:
+            raise UsageError("--objectives vqa needs --questions, a YAML with their files")
+        if self.questions and "vqa" not in names:
+            raise UsageError(
+                f"--questions {self.questions}: nothing is trained on their answers; add vqa to"
+                " --objectives"
+            )
+
         for name in read_weights(self.objective_weights, "--objective-weights"):
             if name not in names:
                 raise UsageError(f"--objective-weights: {name} is not among --objectives {names}")

@@ -46,6 +46,7 @@ class Corpus:
             ]
         )
         self.region_counts = np.concatenate([store.region_counts() for store in self.stores])
+        self.added: TokenBatch | None = None  # texts that are in no store, after all captions
         # tables of mined neighbours, by the store's method
         self._opened: dict[str, list[np.ndarray | None]] = {}
 
@@ -121,13 +122,20 @@ class Corpus:
             for store in self.stores
         )
 
+    def add_texts(self, texts: TokenBatch, images: np.ndarray) -> None:
+        """Number further texts about some of the images [n] after all captions."""
+        self.added = texts
+        self.num_captions += len(images)
+        self.first_caption = np.append(self.first_caption, self.num_captions)
+        self.caption_image = np.concatenate([self.caption_image, images])
+
     def caption(self, index: int) -> str:
         """Return the text of a caption."""
         store = int(np.searchsorted(self.first_caption, index, side="right")) - 1
         return self.stores[store].caption(index - int(self.first_caption[store]))
 
     def languages(self) -> np.ndarray:
-        """Return the language tag of each caption, an object array of str [captions]."""
+        """Return the language tag of each caption of the stores, an object array of str."""
         return np.concatenate([store.languages() for store in self.stores])
 
     def tokens(self, captions: np.ndarray, tokenizer: CaptionTokenizer, longest: int) -> TokenBatch:
@@ -141,14 +149,11 @@ class Corpus:
 
         for number in np.unique(owner):
             mine = np.flatnonzero(owner == number)
-            parts.append(
-                self._tokens_of(
-                    self.stores[number],
-                    captions[mine] - self.first_caption[number],
-                    tokenizer,
-                    longest,
-                )
-            )
+            local = captions[mine] - self.first_caption[number]
+            if number == len(self.stores):
+                parts.append(self.added.take(local, longest))
+            else:
+                parts.append(self._tokens_of(self.stores[number], local, tokenizer, longest))
             rows.append(mine)
 
         if len(parts) == 1:
@@ -171,10 +176,14 @@ class Corpus:
         )
 
     def caption_bytes(self) -> np.ndarray:
-        """Return the bytes of each caption, int32 [captions]: a free estimate of its tokens."""
-        return np.concatenate([np.diff(store.captions.offsets) for store in self.stores]).astype(
-            np.int32
-        )
+        """Return the bytes of each caption, int32 [captions]: a free estimate of its tokens. Added
+        texts count as five bytes a token.
+        """
+        parts = [np.diff(store.captions.offsets) for store in self.stores]
+        if self.added is not None:
+            parts.append(5 * np.diff(self.added.offsets))
+
+        return np.concatenate(parts).astype(np.int32)
 
     def has_hard_negatives(self) -> bool:
         """Check whether any store has mined negatives; opens and checks the tables."""
@@ -199,7 +208,7 @@ class Corpus:
         `first` holds the first number of each store.
         """
         store = int(np.searchsorted(first, number, side="right")) - 1
-        table = self._tables(kind)[store]
+        table = self._tables(kind)[store] if store < len(self.stores) else None
         if table is None:
             return np.zeros(0, np.int64)
 

@@ -1,5 +1,6 @@
 """Read and check `manifest.json` of a region store, and name the files of a store."""
 
+import hashlib
 import os
 import stat
 from collections.abc import Callable
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256, is_plain_name
+from megatron_interbert.files import encoded, file_sha256, is_plain_name, json_text
 from megatron_interbert.reading import read_json, reading
 
 SCHEMA_VERSION = 1
@@ -150,6 +151,16 @@ def read_manifest(store: Path) -> dict[str, Any]:
         _check_fields(shard, _counts(shard), f"{path}: {shard['file']}")
 
     return manifest
+
+
+def content_sha256(store: Path) -> str:
+    """Return the sha256 of a store's manifest as it is without clusters, which may be found later
+    and do not change what else the store holds.
+    """
+    manifest = read_json(store / MANIFEST, "region store")
+    if manifest.pop("clusters", None) is None:
+        return file_sha256(store / MANIFEST)
+    return hashlib.sha256(encoded(json_text(manifest))).hexdigest()
 
 
 def files_of(manifest: dict[str, Any]) -> list[dict[str, Any]]:

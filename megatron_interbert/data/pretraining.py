@@ -19,6 +19,7 @@ from megatron_interbert.data.masking import (
 )
 from megatron_interbert.data.order import SampleOrder, SteppedOrder, epochs_from_weights
 from megatron_interbert.data.packing import PackedBatch, image_locations, lay_out, to_batch
+from megatron_interbert.data.questions import Questions
 from megatron_interbert.data.randomness import CounterRandom, uniforms
 from megatron_interbert.data.region_batch import (
     Allocate,
@@ -35,6 +36,7 @@ NEGATIVE = 2
 WORDS = 3
 REGIONS = 4
 OBJECTIVE = 10
+ANSWER = 12
 
 
 class PretrainingSet:
@@ -45,7 +47,14 @@ class PretrainingSet:
     are keyed by (seed, epoch, sample).
     """
 
-    def __init__(self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RunConfig) -> None:
+    def __init__(
+        self,
+        corpus: Corpus,
+        tokenizer: CaptionTokenizer,
+        config: RunConfig,
+        questions: Questions | None = None,
+    ) -> None:
+        """Take the captions of a corpus and, as further texts, questions about its images."""
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.config = config
@@ -56,6 +65,13 @@ class PretrainingSet:
             )
 
         self.samples = trainable_captions(corpus, config.language)
+        self.questions = questions
+        self.first_question = corpus.num_captions
+        if questions is not None:
+            corpus.add_texts(tokenizer.encode_batch(questions.texts), questions.images)
+            asked = np.arange(self.first_question, corpus.num_captions)
+            self.samples = np.concatenate([self.samples, asked])
+
         parts = [
             self.samples[(self.samples >= a) & (self.samples < b)]
             for a, b in np.lib.stride_tricks.sliding_window_view(corpus.first_caption, 2)
@@ -66,7 +82,8 @@ class PretrainingSet:
             parts,
             config.fit_partitions(min(len(part) for part in parts)),
             config.seed,
-            passes_over_stores(config, [len(part) for part in parts]),
+            passes_over_stores(config, [len(part) for part in parts[: len(corpus.stores)]])
+            + [1.0] * (questions is not None),
             self._lengths() if config.balance_tokens else None,
         )
         images = corpus.caption_image[self.samples]
@@ -124,8 +141,10 @@ class PretrainingSet:
         only = self._objective_of(int(steps[0][0])) if steps else ""
         words = word_draws(self.config.max_tokens - 2)
         places = max(self.config.max_regions, BLOCK_DRAWS)
-        wanted = [(NEGATIVE, 0, 8), (WORDS, 0, words), (REGIONS, 0, places)]
-        for_captions, for_words, for_regions = uniforms(self.config.seed, epochs, samples, wanted)
+        wanted = [(NEGATIVE, 0, 8), (WORDS, 0, words), (REGIONS, 0, places), (ANSWER, 0, 1)]
+        for_captions, for_words, for_regions, for_answers = uniforms(
+            self.config.seed, epochs, samples, wanted
+        )
         captions = samples
         if only in ("", "itm"):
             captions = self._draw_captions(epochs, samples, for_captions)
@@ -157,6 +176,7 @@ class PretrainingSet:
             "mrm_class_ids": regions.class_ids[is_target].astype(np.int64),
             "mrm_class_probs": regions.class_probs[is_target],
             **self._attributes(regions, is_target),
+            **self._answers(samples, captions, for_answers[:, 0], only in ("", "itm")),
             "mismatched": (captions != samples).astype(np.int64),
             "sample_ids": samples,
             "head": only,
@@ -170,6 +190,20 @@ class PretrainingSet:
             "mrm_attribute_ids": regions.attribute_ids[is_target, 0].astype(np.int64),
             "mrm_attribute_probs": regions.attribute_probs[is_target, 0],
         }
+
+    def _answers(
+        self, samples: np.ndarray, captions: np.ndarray, draws: np.ndarray, wanted: bool
+    ) -> Fields:
+        """Build the fields of answers, if there are questions and they are `wanted`: those of
+        questions that are shown with their own images.
+        """
+        if self.questions is None:
+            return {}
+
+        asked = np.flatnonzero((samples >= self.first_question) & (captions == samples) & wanted)
+        answers = self.questions.draw(samples[asked] - self.first_question, draws[asked])
+
+        return {"labels": answers[answers >= 0], "label_owner": asked[answers >= 0]}
 
     def _hidden(self, regions: RegionBatch, draws: np.ndarray) -> np.ndarray:
         """Choose the regions to hide, bool [R]."""

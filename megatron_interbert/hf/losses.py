@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.hf.padding import Slots
-from megatron_interbert.tasks.region_losses import soft_label_kl
+from megatron_interbert.tasks.pretraining.region_losses import soft_label_kl
 
 NO_TARGET = -100
 

@@ -117,12 +117,14 @@ class TaskHead:
     """Describe the head of a downstream task.
 
     "answers" tells `outputs` classes apart by the fused vectors of `images` images; "regions" gives
-    each region that a sample may choose a score.
+    each region that a sample may choose a score. A head of pretraining is computed in
+    `every_batch`, others in batches for them.
     """
 
     kind: str
     outputs: int = 1
     images: int = 1
+    every_batch: bool = False
 
     def build(self, config: ModelConfig) -> nn.Module:
         """Build the head."""

@@ -179,6 +179,7 @@ class InterBert(nn.Module):
         if "sentence" in heads:
             self.sentence_head = SentenceHead(config, num_labels)
         if task_heads:
+            self.heads_of_all = {name for name, head in task_heads.items() if head.every_batch}
             self.task_heads = nn.ModuleDict(
                 {name: head.build(config) for name, head in task_heads.items()}
             )
@@ -290,7 +291,8 @@ class InterBert(nn.Module):
         outputs = {}
         for name, head in self.task_heads.items():
             states = candidates if isinstance(head, RegionScores) else fused
-            outputs[name] = head(states if name == task else states[:0]).float()
+            is_asked = name == task or name in self.heads_of_all
+            outputs[name] = head(states if is_asked else states[:0]).float()
 
         return outputs
 

@@ -13,7 +13,7 @@ from megatron_interbert.config.stores import paths_of_stores, split_paths
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.integrity import Integrity
-from megatron_interbert.data.manifest import MANIFEST, VOCABULARY
+from megatron_interbert.data.manifest import MANIFEST, VOCABULARY, content_sha256
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
@@ -142,7 +142,8 @@ def describe_data(
 
     `files` are further files, besides the stores, that determine the samples.
     """
-    manifests = [file_sha256(store.path / MANIFEST) for store in corpus.stores] if corpus else []
+    manifests = [content_sha256(store.path) for store in corpus.stores] if corpus else []
+    manifests += [clusters.centroids for clusters in corpus.clusters] if corpus else []
     hashes = manifests + [file_sha256(file) for file in files]
 
     return {
@@ -172,5 +173,4 @@ def content_of(value: Any) -> str:
     if not paths or not all(path.exists() for path in paths):
         return str(value)
 
-    named = [path / MANIFEST if path.is_dir() else path for path in paths]
-    return " ".join(map(file_sha256, named))
+    return " ".join(content_sha256(path) if path.is_dir() else file_sha256(path) for path in paths)

@@ -15,7 +15,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import SliceRun
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.weights.sources import WeightSource, open_weights, recognise
-from megatron_interbert.weights.views import divided_into_experts, untied
+from megatron_interbert.weights.views import divided_into_experts, untied, with_answers
 
 # of downstream tasks and further objectives; pretrained weights lack them
 NEW_HEADS = ("choice_head.", "sentence_head.", "task_heads.", "mrfr_head.", "attribute_head.")
@@ -61,6 +61,7 @@ def open_initial_weights(
         dense = dataclasses.replace(first.config, experts=0, prototypes=1, share_layers=False)
         source = open_weights(path, kind, dense if kind in ("official", "bert") else None)
         source = viewed_as(first.config, source, first.seed)
+        source = with_our_answers(source, data.get("task_heads", {}))
         if state.is_main:
             print(*source.notes, sep="\n", end="\n" * bool(source.notes), flush=True)
 
@@ -110,6 +111,24 @@ def viewed_as(config: ModelConfig, source: WeightSource, seed: int) -> WeightSou
         source.notes.append(
             f"note: each MLP of {source.path} becomes {config.experts} experts with its outputs"
         )
+
+    return source
+
+
+def with_our_answers(source: WeightSource, ours: Mapping[str, Any]) -> WeightSource:
+    """Return weights whose heads have the answers of the run's; a head for another number of images
+    is left out.
+    """
+    for name, theirs in (source.facts.get("task_heads") or {}).items():
+        if name not in ours or "answers" not in theirs:
+            continue
+
+        if theirs["rows"] != ours[name]["rows"]:
+            begin = f"task_heads.{name}."
+            layouts = {n: entry for n, entry in source.layouts.items() if not n.startswith(begin)}
+            source = dataclasses.replace(source, layouts=layouts)
+        elif theirs["answers"] != ours[name]["answers"]:
+            source = with_answers(source, name, ours[name]["answers"])
 
     return source
 

@@ -26,7 +26,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import is_there
 from megatron_interbert.tasks.parts import validation_digest, verify_stores
 from megatron_interbert.tasks.precision import choose_precision
-from megatron_interbert.tasks.pretraining import pretraining_job
+from megatron_interbert.tasks.pretraining.job import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Judge, Progress
 from megatron_interbert.training.deepspeed_config import described_offload

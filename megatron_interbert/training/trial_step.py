@@ -19,7 +19,7 @@ from megatron_interbert.machines.processes import start_processes
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.memory import Memory, predict
 from megatron_interbert.planning.search import GIB, Room
-from megatron_interbert.tasks.pretraining import pretraining_job
+from megatron_interbert.tasks.pretraining.job import pretraining_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.deepspeed_config import (
     blocks_on_disk,

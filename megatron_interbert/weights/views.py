@@ -7,6 +7,7 @@ Nothing is read or computed until a tensor is asked for.
 import dataclasses
 import math
 import re
+from collections.abc import Sequence
 
 import torch
 
@@ -27,7 +28,7 @@ SPREAD = 1e-3
 
 def without_own_heads(source: WeightSource) -> WeightSource:
     """View weights without the heads that only our checkpoints have, those of downstream tasks and
-    of predicted features; a note says which are left out.
+    further objectives; a note says which are left out.
     """
     own = [name for name in source.layouts if name.startswith(OWN_HEADS)]
     if not own:
@@ -115,6 +116,36 @@ def untied(source: WeightSource) -> WeightSource:
     layouts = {own: source.layouts[name] for own, name in first.items()}
 
     return viewed(source, config, layouts, lambda name, *run: source.read(first[name], *run))
+
+
+def with_answers(source: WeightSource, head: str, answers: Sequence[str]) -> WeightSource:
+    """View the head of a task as one for other answers: those that both have keep their outputs,
+    and the outputs of others are 0 (LXMERT).
+    """
+    theirs = {a: row for row, a in enumerate(source.facts["task_heads"][head]["answers"])}
+    rows = torch.tensor([theirs.get(answer, -1) for answer in answers])
+    names = [f"task_heads.{head}.output.{kind}" for kind in ("weight", "bias")]
+    layouts = dict(source.layouts)
+    for name in names:
+        entry = layouts[name]
+        layouts[name] = TensorLayout(entry.dtype, (len(answers), *entry.shape[1:]))
+
+    def read(name: str, start: int, length: int) -> torch.Tensor:
+        if name not in names:
+            return source.read(name, start, length)
+        whole = source.get(name)
+        moved = whole[rows.clamp(min=0)] * (rows >= 0).view(-1, *[1] * (whole.dim() - 1))
+        return moved.flatten()[start : start + length]
+
+    known = int((rows >= 0).sum())
+    note = (
+        f"note: the {head} head of {source.path} knows {known} of the {len(answers)} answers; the"
+        " others begin at 0"
+    )
+
+    return viewed(
+        dataclasses.replace(source, notes=[*source.notes, note]), source.config, layouts, read
+    )
 
 
 def viewed(

@@ -29,7 +29,7 @@ from megatron_interbert.model.partition import is_expert, place_of, shard
 from megatron_interbert.model.presets import with_experts
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.virtual.samples import random_examples
 from tests.sizes import SMALL
 

@@ -26,7 +26,7 @@ from megatron_interbert.model.transformer import Mlp, TransformerLayer
 from megatron_interbert.parallel.placement import Placement
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from tests.dist import run_on_ranks
 from tests.kernels import comparisons
 from tests.kernels.sequences import packed

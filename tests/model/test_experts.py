@@ -13,7 +13,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.model.routing_groups import RoutingRule, describe_tokens, within_capacity
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from tests.model.test_model import examples
 from tests.sizes import WIDER_WEIGHTS
 from tests.training.plain_experts import plain_capacity, use_plain_experts

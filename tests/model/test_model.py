@@ -28,7 +28,7 @@ from megatron_interbert.model.partition import (
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.weights.foreign import fuse_qkv, split_qkv
 from tests.dist import run_on_ranks
 from tests.readings import Readings

@@ -13,7 +13,7 @@ from megatron_interbert.model.initialise import load_full_state
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.weights.fitting import from_foreign
 from megatron_interbert.weights.foreign import to_official
 from tests.dist import run_on_ranks

@@ -27,7 +27,7 @@ from megatron_interbert.planning.activations import activations
 from megatron_interbert.planning.layout import Layout, Load, rank_parameters, rank_shapes
 from megatron_interbert.planning.memory import largest_micro_batch, predict
 from megatron_interbert.tasks.precision import Precision
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.virtual.samples import random_examples
 from tests.dist import run_on_ranks

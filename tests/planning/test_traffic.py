@@ -52,7 +52,7 @@ def count(changes: dict) -> None:
     from megatron_interbert.parallel.rng import RandomStreams
     from megatron_interbert.parallel.state import ParallelState
     from megatron_interbert.planning.traffic import step_traffic
-    from megatron_interbert.tasks.pretraining import PretrainingTask
+    from megatron_interbert.tasks.pretraining.task import PretrainingTask
     from megatron_interbert.tasks.task import Job
     from megatron_interbert.training.micro_batch import layout_of
     from megatron_interbert.training.model_plan import ModelPlan, build_engine

@@ -8,8 +8,8 @@ import torch
 
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.errors import UsageError
-from megatron_interbert.tasks.pretraining import PretrainingTask
-from megatron_interbert.tasks.region_losses import hard_label, soft_label_kl
+from megatron_interbert.tasks.pretraining.region_losses import hard_label, soft_label_kl
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.retrieval.job import ranks, recall_metrics, retrieval_metrics
 
 

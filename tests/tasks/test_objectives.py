@@ -4,6 +4,7 @@ batches, the same on every layout; plans of alignment; steps of one objective.
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -20,8 +21,14 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.alignment import alignment_distances, as_block, transport_plan
-from megatron_interbert.tasks.pretraining import PretrainingTask, heads_of, model_options
+from megatron_interbert.tasks.pretraining.alignment import (
+    alignment_distances,
+    as_block,
+    transport_plan,
+)
+from megatron_interbert.tasks.pretraining.job import heads_of, model_options
+from megatron_interbert.tasks.pretraining.questions import read_questions
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from tests.corpus import write_store
 from tests.dist import run_on_ranks
 from tests.tasks.test_retrieval import sizes
@@ -31,12 +38,34 @@ SAMPLES = 10
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
-    """Write a store whose images have 2 to 9 regions."""
-    return write_store(tmp_path_factory.mktemp("objectives") / "store", images=24, num_attributes=7)
+    """Write a store whose images have 2 to 9 regions, and questions about some of them."""
+    folder = tmp_path_factory.mktemp("objectives")
+    asked = [
+        {
+            "id": number,
+            "qas": [
+                {
+                    "qa_id": 10 * number + place,
+                    "image_id": f"image-{number}",
+                    "question": text,
+                    "answer": ("red", "blue", "two", "a dog")[(number + place) % 4],
+                }
+                for place, text in enumerate(("red cat", "the old dog runs", "house"))
+            ],
+        }
+        for number in range(0, 24, 2)
+    ]
+    (folder / "questions.json").write_text(json.dumps(asked))
+    flags = {"questions": str(folder / "questions.json"), "min_occurrences": 1}
+    (folder / "questions.yaml").write_text(json.dumps({"vgqa": flags}))
+    return write_store(folder / "store", images=24, num_attributes=7)
 
 
 def settings(store, objectives, **more):
     """Return the settings of a pretraining with some objectives."""
+    if "vqa" in objectives:
+        more["questions"] = str(store.parent / "questions.yaml")
+
     config = RunConfig(
         data_path=str(store),
         objectives=objectives,
@@ -53,14 +82,17 @@ def settings(store, objectives, **more):
 def samples_of(config):
     """Open the training set of a configuration."""
     tokenizer = CaptionTokenizer(f"{config.data_path}/vocab.txt")
-    return PretrainingSet(Corpus([config.data_path]), tokenizer, config)
+    asked = read_questions(config, ParallelState())
+    questions = asked.questions if asked else None
+    return PretrainingSet(Corpus([config.data_path]), tokenizer, config, questions)
 
 
 def make_model(config, state=None):
     """Build a small model with the heads that the objectives need."""
     state = state or ParallelState()
     small = sizes()
-    model = InterBert(small, heads_of(config, True), state=state, **model_options(config, 7))
+    options = model_options(config, 7, read_questions(config, ParallelState()))
+    model = InterBert(small, heads_of(config, True), state=state, **options)
     initialise(model, small, 0, state)
     return model.eval()
 
@@ -98,6 +130,13 @@ def twin(objective, config, output, batch):
             sign = -1 if batch.mismatched[sample] else 1
             total = total + sign * distance_of(words.double(), regions.double())
         return 0.1 * total / len(batch)
+
+    if objective == "vqa":
+        logits = output.task_outputs["vqa"].double()
+        pairs = zip(batch.label_owner.tolist(), batch.labels.tolist(), strict=True)
+        for row, label in pairs:
+            total = total - logits[row].log_softmax(0)[label]
+        return total / len(batch.labels)
 
     if objective == "msm":
         return output.msm_losses.double().sum() / len(batch.msm_labels)
@@ -146,6 +185,7 @@ WAYS = [
     ("mrfr", {}),
     ("mrfr", {"mrfr_reduction": "sum", "mrfr_normalise": True}),
     ("wra", {}),
+    ("vqa", {}),
 ]
 
 
@@ -183,11 +223,12 @@ def test_losses_add_up_by_their_weights(store):
     output = make_model(config)(batch)
     loss, _ = task.loss(output, batch, task.count_targets(batch))
     weights = {"msm": 1, "mrm": 1, "mrc": 1, "attributes": 1, "mrfr": 0.5, "itm": 3, "wra": 20}
+    weights["vqa"] = 1
     expected = sum(w * twin(name, config, output, batch).item() for name, w in weights.items())
     assert loss.item() == pytest.approx(expected, rel=2e-5)
     line = task.line(task.metrics(task.loss(output, batch, task.count_targets(batch))[1]))
     assert "mrfr" in line
-    assert line.count("%") == 5, "features and alignment have no accuracy"
+    assert line.count("%") == 6, "features and alignment have no accuracy"
 
 
 def share_on_ranks(store, objectives, tensor, path):
@@ -346,6 +387,8 @@ def test_alignment_joins_the_steps_of_matching(store):
         ({"objective_weights": "wra:1"}, "wra is not among --objectives"),
         ({"objective_mix": "msm:1"}, "draws msm, but --objectives are msm,mrm,itm"),
         ({"objective_mix": "wra:1", "objectives": "wra"}, "wra has no steps of its own"),
+        ({"objectives": "msm,vqa"}, "vqa needs --questions"),
+        ({"questions": "x.yaml"}, "nothing is trained on their answers"),
         ({"objective_mix": "msm:1", "objectives": "msm,wra"}, "wra needs itm"),
     ],
 )

@@ -20,7 +20,7 @@ from megatron_interbert.hf import (
     InterBertForSequenceClassification,
 )
 from megatron_interbert.hf.compare import load_core, random_batch
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.training.first_weights import viewed_as
 from megatron_interbert.weights.reader import CheckpointReader
 from megatron_interbert.weights.sources import open_weights

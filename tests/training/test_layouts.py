@@ -23,7 +23,7 @@ from megatron_interbert.model.partition import is_expert, partition_dimension, p
 from megatron_interbert.model.presets import PRESETS, fit_to_data, with_experts
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.training.model_plan import routing_rule
 from megatron_interbert.training.optimizer import learning_rate, parameter_groups
 from megatron_interbert.training.routing_health import RoutingHealth

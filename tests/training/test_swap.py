@@ -66,7 +66,7 @@ class Run:
         sizes: ModelConfig = MEASURABLE,
     ) -> None:
         from megatron_interbert.parallel.rng import RandomStreams
-        from megatron_interbert.tasks.pretraining import PretrainingTask
+        from megatron_interbert.tasks.pretraining.task import PretrainingTask
         from megatron_interbert.tasks.task import Job
         from megatron_interbert.training.checkpoint import Checkpoints, Progress
         from megatron_interbert.training.engine import engine_settings

@@ -22,7 +22,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.presets import PRESETS
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.training import engine as engine_module
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.fragments import FragmentedState

@@ -22,7 +22,7 @@ from megatron_interbert.model.interbert import PRETRAINING_HEADS
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.checkpoint import Checkpoints, Progress
 from megatron_interbert.training.model_plan import build_engine, plan_model

@@ -21,7 +21,7 @@ from megatron_interbert.kernels.choice import Kernels
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from tools.benchmarks.batches import PaddedBatch, pad
 from tools.benchmarks.padded import parameters

@@ -38,7 +38,7 @@ from megatron_interbert.planning.timing import (
     step_time,
 )
 from megatron_interbert.progress import progress
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.training.micro_batch import layout_of
 from megatron_interbert.training.model_plan import ModelPlan, build_engine

@@ -13,7 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data.manifest import CLUSTERS, HARD_IMAGES, HARD_NEGATIVES, MANIFEST
+from megatron_interbert.data.manifest import (
+    CLUSTERS,
+    HARD_IMAGES,
+    HARD_NEGATIVES,
+    content_sha256,
+)
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
@@ -73,7 +78,7 @@ class TableFolder:
         self.below = below
         self.plan = {
             "format": FORMAT,
-            "store_sha256": file_sha256(output.parent / MANIFEST),
+            "store_sha256": content_sha256(output.parent),
             **json.loads(json.dumps(plan)),
         }
         self.blocks = -(-rows // block)

@@ -35,6 +35,7 @@ class AnswerSamples:
     ) -> None:
         self.head = head
         self.corpus = corpus
+        self.records = records
         self.images = records.images
         self.texts = FramedTexts([r.texts for r in records.items], tokenizer, max_tokens)
         self.max_regions = max_regions

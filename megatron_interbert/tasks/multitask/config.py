@@ -1,20 +1,16 @@
 """Declare the flags for finetuning on several tasks, and read those of each task."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from megatron_interbert.config.options import ABOVE_0, FREE, SAME, nearest, redefault, setting
-from megatron_interbert.config.training import TrainConfig
-from megatron_interbert.config.yaml_file import flags_of, read_mapping
+from megatron_interbert.config.yaml_file import read_mapping
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.config import FinetuneConfig
 from megatron_interbert.tasks.multitask.schedule import LAG
+from megatron_interbert.tasks.task_flags import config_of
 
 SCHEDULES = ("round-robin", "size", "temperature")
-# what a task may set for itself among the flags that all finetunings have
-OWN = ("max_tokens", "max_regions", "eval_batch_size")
 
 
 @dataclass
@@ -105,39 +101,9 @@ def configs_of(
             )
         if name not in given:
             raise UsageError(f"--tasks {name}: {config.task_flags} has no flags for it")
-        found[name] = config_of(config, name, known[name], given[name])
+        found[name] = config_of(config, config.task_flags, name, known[name], given[name])
 
     if len(found) < 2:
         raise UsageError("multitask needs two tasks or more; finetune TASK trains one")
 
     return found
-
-
-def config_of(
-    config: MultitaskConfig, name: str, kind: type[FinetuneConfig], given: Any
-) -> FinetuneConfig:
-    """Return the settings of one task."""
-    where = f"{config.task_flags}: {name}"
-    if not isinstance(given, dict):
-        raise UsageError(f"{where} is {given!r:.60}, expected flags with their settings")
-
-    values = flags_of(kind, given, where)
-    shared = {entry.name for entry in dataclasses.fields(TrainConfig)} - set(OWN)
-    for flag in values:
-        if flag in shared:
-            raise UsageError(f"{where}: '{flag}' is a flag of the whole run; give it there")
-
-    own = kind(**values)
-    for flag in shared:
-        setattr(own, flag, getattr(config, flag))
-
-    own.given = set(values) | {"data_partitions"}
-    own.data_partitions = 1  # until all tasks share a number
-    if "data_path" not in values and config.data_path:
-        own.data_path = config.data_path
-
-    own.metric = ""
-    own.data_parallel_size = config.data_parallel_size
-    own.check()
-
-    return own

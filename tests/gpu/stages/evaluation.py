@@ -16,7 +16,7 @@ from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.retrieval.job import choose_pairs
 from megatron_interbert.tasks.retrieval.pairs import score_block
 from megatron_interbert.virtual.samples import random_examples

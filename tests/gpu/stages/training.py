@@ -25,7 +25,7 @@ from megatron_interbert.parallel.rng import RandomStreams
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.planning.layout import Layout, Load
 from megatron_interbert.planning.memory import predict
-from megatron_interbert.tasks.pretraining import PretrainingTask
+from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.training.engine import Engine
 from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.virtual.samples import random_examples

@@ -4,40 +4,26 @@ Each is divided by the number of its targets in the whole optimizer step (over r
 accumulation), so the same global batch gives the same loss and gradient on every layout.
 """
 
-import copy
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.config.objectives import OBJECTIVES, OF_CLASSES, USUAL
+from megatron_interbert.config.objectives import OBJECTIVES, OF_CLASSES, USUAL, WITH_MATCHING
 from megatron_interbert.config.pretraining import RunConfig
-from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.manifest import HARD_NEGATIVES
 from megatron_interbert.data.packing import PackedBatch
-from megatron_interbert.data.pretraining import PretrainingSet
-from megatron_interbert.files import file_sha256
 from megatron_interbert.model.interbert import InterBertOutput
-from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.alignment import alignment_distances
-from megatron_interbert.tasks.parts import (
-    describe_data,
-    fitted_sizes,
-    open_stores,
-    vocabulary_of_run,
-)
-from megatron_interbert.tasks.region_losses import (
+from megatron_interbert.tasks.pretraining.alignment import alignment_distances
+from megatron_interbert.tasks.pretraining.region_losses import (
     attribute_losses,
     feature_losses,
     hard_label,
     hard_label_losses,
     soft_label_kl,
 )
-from megatron_interbert.tasks.task import Job
 
-JOINED = {"itm": ("wra",)}  # objectives that a mix trains in the steps of another
-WITH_ACCURACY = ("msm", "mrm", "mrc", "attributes", "itm")
+JOINED = {"itm": WITH_MATCHING}  # objectives that a mix trains in the steps of another
+WITH_ACCURACY = ("msm", "mrm", "mrc", "attributes", "itm", "vqa")
 Sums = tuple[torch.Tensor, torch.Tensor]  # of losses and of right answers, scalars
 
 
@@ -68,6 +54,7 @@ class PretrainingTask:
             "attributes": attributes,
             "mrfr": self._features,
             "itm": matching,
+            "vqa": answering,
             "wra": alignment,
         }
 
@@ -96,7 +83,7 @@ class PretrainingTask:
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
         """Return the number of targets of each objective in a batch, float64 [objectives]."""
         words, regions, images = batch.target_counts().tolist()
-        counts = {"msm": words, "itm": images, "wra": images}
+        counts = {"msm": words, "itm": images, "wra": images, "vqa": len(batch.labels)}
         drawn = self._drawn(batch)
         return torch.tensor(
             [counts.get(name, regions) if name in drawn else 0 for name in self.names],
@@ -166,6 +153,8 @@ class PretrainingTask:
         """
         parts = [f"loss {values['loss']:.4f}"]
         for name in self.names:
+            if name == "vqa" and not values["vqa_targets"]:
+                continue  # a validation store has no questions
             accuracy = values.get(f"{name}_accuracy")
             hits = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
             parts.append(f"{name} {values[f'{name}_loss']:.3f}{hits}")
@@ -199,105 +188,15 @@ def matching(output: InterBertOutput, batch: PackedBatch) -> Sums:
     return losses.sum(), (output.itm_logits.argmax(dim=1) == mismatched).sum()
 
 
+def answering(output: InterBertOutput, batch: PackedBatch) -> Sums:
+    """Return the sums of answers to questions that are shown with their own images."""
+    logits = output.task_outputs["vqa"].index_select(0, batch.label_owner)
+    losses = F.cross_entropy(logits, batch.labels, reduction="none")
+    return losses.sum(), (logits.argmax(dim=1) == batch.labels).sum()
+
+
 def alignment(output: InterBertOutput, batch: PackedBatch) -> Sums:
     """Return the sum of WRA: the distances of matched pairs minus those of mismatched ones."""
     distances = alignment_distances(output.text_hidden, output.image_hidden, batch)
     signs = torch.where(batch.mismatched == 0, 1.0, -1.0)
     return (signs * distances).sum(), distances.new_zeros(())
-
-
-def heads_of(config: RunConfig, has_labels: bool) -> tuple[str, ...]:
-    """Return the heads that pretraining needs."""
-    heads = ["msm", "mrm", "itm"] if has_labels else ["msm", "itm"]
-    if "mrfr" in config.objective_names():
-        heads.append("mrfr")
-
-    return tuple(heads)
-
-
-def model_options(config: RunConfig, num_attributes: int) -> dict[str, Any]:
-    """Return the further arguments of InterBert that the objectives need."""
-    names = config.objective_names()
-    options: dict[str, Any] = {}
-    if "wra" in names:
-        options["states"] = True
-    if "attributes" in names:
-        options["attributes"] = num_attributes
-
-    return options
-
-
-def open_labelled(config: RunConfig) -> Corpus:
-    """Open the region stores of --data-path with the classes that --region-labels chooses, and fit
-    the objectives to them.
-    """
-    corpus = open_stores(config.stores(), config)
-    corpus.label_by(config.region_labels)
-    config.fit_objectives(corpus.has_labels)
-
-    return corpus
-
-
-def open_validation(config: RunConfig, corpus: Corpus) -> Corpus:
-    """Open the store of --valid-data-path, whose classes must mean the same as those trained on."""
-    valid = open_stores([config.valid_data_path], config)
-    store = valid.stores[0]
-    corpus.check_alike(store, config.allow_other_detector, "--valid-data-path")
-
-    if corpus.clusters:
-        valid.label_by("clusters")
-        corpus.check_clusters(store, valid.clusters[0], "--valid-data-path")
-
-    return valid
-
-
-def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
-    """Build the job that pretrains on the region stores of --data-path."""
-    corpus = open_labelled(config)
-    tokenizer = vocabulary_of_run(config, config.stores())
-    sizes = fitted_sizes(config, tokenizer, corpus, predicts_classes=corpus.has_labels)
-    samples = PretrainingSet(corpus, tokenizer, config)
-    valid = None
-
-    if config.valid_data_path:
-        valid_corpus = open_validation(config, corpus)
-        valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
-
-    task = PretrainingTask(config, corpus.has_labels)
-    data = describe_data(tokenizer, corpus)
-    data["mined"] = (
-        mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []
-    )
-
-    return Job(
-        task,
-        samples,
-        sizes,
-        heads_of(config, corpus.has_labels),
-        data,
-        tokenizer.vocab_file,
-        model_options=model_options(config, corpus.num_attributes),
-        valid_samples=valid,
-    )
-
-
-def mined_negatives(corpus: Corpus) -> list[str]:
-    """Return the hashes of the tables of mined negatives, on which the samples depend."""
-    tables = [store.path / HARD_NEGATIVES for store in corpus.stores]
-    return [file_sha256(path) for path in tables if path.is_file()]
-
-
-def config_of_validation(config: RunConfig) -> RunConfig:
-    """Return a copy of the settings for the validation store, which has its own partitions.
-
-    Evaluations route each token by itself, so no partition has to hold whole routing groups.
-    """
-    own = copy.copy(config)
-    own.data_epochs = own.data_weights = own.objective_mix = ""
-    own.capacity_factor = own.balance_coefficient = 0.0
-    own.fitted = config.fitted - {"data_partitions"}
-    own.given = config.given - {"data_partitions"}
-    own.origins = {name: of for name, of in config.origins.items() if name != "data_partitions"}
-    own.notes = []
-
-    return own

@@ -1,0 +1,1 @@
+"""Pretrain on captions, regions and questions."""

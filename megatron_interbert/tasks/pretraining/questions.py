@@ -1,0 +1,105 @@
+"""Read questions about the images to pretrain on, in the formats of tasks that have answers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from megatron_interbert.config.options import nearest
+from megatron_interbert.config.pretraining import RunConfig
+from megatron_interbert.config.yaml_file import read_mapping
+from megatron_interbert.data.questions import Questions
+from megatron_interbert.errors import UsageError
+from megatron_interbert.model.heads import TaskHead
+from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.answering.samples import AnswerSet
+from megatron_interbert.tasks.answering.vocabulary import AnswerList
+from megatron_interbert.tasks.gqa.config import GqaConfig
+from megatron_interbert.tasks.gqa.job import gqa_job
+from megatron_interbert.tasks.task_flags import config_of
+from megatron_interbert.tasks.vqa.config import VqaConfig
+from megatron_interbert.tasks.vqa.job import vqa_job
+from megatron_interbert.tasks.vqa.visual_genome import VgqaConfig, vgqa_job
+
+FORMATS = {"vqa": (VqaConfig, vqa_job), "gqa": (GqaConfig, gqa_job), "vgqa": (VgqaConfig, vgqa_job)}
+HEAD = "vqa"  # under which a checkpoint keeps the head, so that evaluate vqa finds it
+
+
+@dataclass
+class Asked:
+    """Hold the questions of a run, the answers that its head can give, and a record of the files
+    that determine them.
+    """
+
+    questions: Questions
+    answers: AnswerList
+    record: list[str] = field(default_factory=list)
+
+    def head(self) -> TaskHead:
+        """Return the head that answers them."""
+        return TaskHead("answers", len(self.answers), every_batch=True)
+
+
+def read_questions(config: RunConfig, state: ParallelState) -> Asked | None:
+    """Read the questions of --questions, None without; raises UsageError for other flags than those
+    that name files of vqa, gqa and vgqa.
+    """
+    if not config.questions:
+        return None
+
+    sets: list[AnswerSet] = []
+    answers: list[AnswerList] = []
+    record: list[str] = []
+    for name, given in read_mapping(config.questions, "--questions").items():
+        job = job_of(config, name, given, state)
+        sets.append(job.samples)
+        answers.append(AnswerList(job.data["task_heads"][name]["answers"]))
+        record.append(f"{name} {job.data['manifest_sha256']}")
+
+    if not sets:
+        raise UsageError(f"--questions {config.questions}: names no files")
+
+    every = AnswerList(list(dict.fromkeys(answer for some in answers for answer in some.answers)))
+    return Asked(joined(sets, answers, every), every, record)
+
+
+def job_of(config: RunConfig, name: str, given: Mapping[str, Any], state: ParallelState) -> Any:
+    """Build the finetuning job of one task of --questions, whose samples are the questions."""
+    if name not in FORMATS:
+        raise UsageError(
+            f"{config.questions}: no format '{name}'{nearest(name, FORMATS)}, expected some of"
+            f" {', '.join(FORMATS)}"
+        )
+
+    kind, make_job = FORMATS[name]
+    own = config_of(config, config.questions, name, kind, given)
+    if own.data_path != config.data_path:
+        raise UsageError(
+            f"{config.questions}: {name}: 'data_path' is given; questions are about the images of"
+            " the run's --data-path"
+        )
+
+    return make_job(own, state)
+
+
+def joined(sets: list[AnswerSet], answers: list[AnswerList], every: AnswerList) -> Questions:
+    """Join the questions of several tasks, with the numbers of their answers in `every`."""
+    texts: list[str] = []
+    images, numbers, scores, lengths = [], [], [], []
+
+    for some, known in zip(sets, answers, strict=True):
+        new = np.array([every.numbers[answer] for answer in known.answers], np.int64)
+        texts += [" ".join(record.texts) for record in some.samples.records.items]
+        images.append(some.samples.images[:, 0])
+        numbers.append(new[some.targets.numbers])
+        scores.append(some.targets.scores)
+        lengths.append(np.diff(some.targets.offsets))
+
+    return Questions(
+        texts,
+        np.concatenate(images),
+        np.concatenate(numbers),
+        np.concatenate(scores),
+        np.cumsum(np.concatenate([[0], *lengths])),
+    )

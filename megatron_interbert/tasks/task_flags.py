@@ -1,0 +1,46 @@
+"""Read the flags of one task among several that a YAML file names."""
+
+import dataclasses
+from typing import Any
+
+from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.config.yaml_file import flags_of
+from megatron_interbert.errors import UsageError
+from megatron_interbert.tasks.config import FinetuneConfig
+
+# what a task may set for itself among the flags that all finetunings have
+OWN = ("max_tokens", "max_regions", "eval_batch_size")
+
+
+def config_of(
+    config: TrainConfig, file: str, name: str, kind: type[FinetuneConfig], given: Any
+) -> FinetuneConfig:
+    """Return the settings of a task: its own, given in a file, and the others of the run.
+
+    Raises UsageError that names the file and the key for a flag that is not known, or that only the
+    run can have.
+    """
+    where = f"{file}: {name}"
+    if not isinstance(given, dict):
+        raise UsageError(f"{where} is {given!r:.60}, expected flags with their settings")
+
+    values = flags_of(kind, given, where)
+    shared = {entry.name for entry in dataclasses.fields(TrainConfig)} - set(OWN)
+    for flag in values:
+        if flag in shared:
+            raise UsageError(f"{where}: '{flag}' is a flag of the whole run; give it there")
+
+    own = kind(**values)
+    for flag in shared:
+        setattr(own, flag, getattr(config, flag))
+
+    own.given = set(values) | {"data_partitions"}
+    own.data_partitions = 1  # until all tasks share a number
+    if "data_path" not in values and config.data_path:
+        own.data_path = config.data_path
+
+    own.metric = ""
+    own.data_parallel_size = config.data_parallel_size
+    own.check()
+
+    return own
