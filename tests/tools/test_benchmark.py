@@ -13,7 +13,7 @@ import torch
 from megatron_interbert.model.presets import load_model_config
 from megatron_interbert.virtual.samples import random_examples
 from tests.launching import launch
-from tools.benchmarks.batches import IGNORED, pad
+from tools.benchmarks.batches import IGNORED, answers_of, pad, questions, sizes_of
 from tools.benchmarks.train import shrunk
 
 COMMAND = (
@@ -101,6 +101,22 @@ def test_contenders_side_by_side(measured, tmp_path):
     code, _, err = launch(*COMMAND, "--compare", tmp_path / "recorded.json")
     assert code == 2
     assert err.strip().endswith("recorded.json: measured with --batch 8, now it is 4")
+
+
+def test_answers_to_questions_side_by_side(tmp_path):
+    output = tmp_path / "vqa.json"
+    code, out, err = launch(*COMMAND, "--task", "vqa", "--only", "ours,LXMERT", "--output", output)
+    assert code == 0, out + err
+    figures = json.loads(output.read_text())["contenders"]
+    assert list(figures) == ["ours", "LXMERT"]
+    assert abs(figures["LXMERT"]["parameters"] / figures["ours"]["parameters"] - 1) < 0.25
+    assert figures["LXMERT"]["tokens"] == figures["ours"]["tokens"]
+
+    examples = questions(random_examples(sizes_of("tiny"), 5))
+    assert not any(example.hidden_regions.any() or example.mismatched for example in examples)
+    padded = pad(examples, 40, 36)
+    assert padded.answers.argmax(dim=1).tolist() == answers_of(examples).tolist()
+    assert (padded.word_labels == IGNORED).all()
 
 
 def test_ranks_together_and_apart(measured, tmp_path):

@@ -6,12 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.data.packing import Example
 from megatron_interbert.model.presets import load_model_config
 
 IGNORED = -100  # label of positions that are not targets
+ANSWERS = 3129  # of VQA
 
 
 def sizes_of(model: str) -> ModelConfig:
@@ -20,6 +22,28 @@ def sizes_of(model: str) -> ModelConfig:
     if sizes.vocab_size and sizes.feature_dim and sizes.num_classes:
         return sizes
     return dataclasses.replace(sizes, vocab_size=1000, feature_dim=64, num_classes=100)
+
+
+def questions(examples: Sequence[Example]) -> list[Example]:
+    """Return samples as questions with their own images: nothing is masked or mismatched."""
+    nothing = np.zeros(0, np.int64)
+    return [
+        dataclasses.replace(
+            example,
+            hidden_regions=np.zeros(len(example.features), bool),
+            msm_positions=nothing,
+            msm_labels=nothing,
+            mismatched=0,
+        )
+        for example in examples
+    ]
+
+
+def answers_of(examples: Sequence[Example]) -> np.ndarray:
+    """Return the number of the right answer to each of some questions, int64 [B]: any, but always
+    the same.
+    """
+    return np.array([int(example.token_ids.sum()) % ANSWERS for example in examples])
 
 
 @dataclass
@@ -37,6 +61,7 @@ class PaddedBatch:
     region_mask: torch.Tensor  # float32 [B, R]
     region_labels: torch.Tensor  # int64 [B, R]
     mismatched: torch.Tensor  # int64 [B]
+    answers: torch.Tensor  # float32 [B, ANSWERS], the score of each answer
 
 
 def pad(examples: Sequence[Example], tokens: int, regions: int) -> PaddedBatch:
@@ -52,6 +77,7 @@ def pad(examples: Sequence[Example], tokens: int, regions: int) -> PaddedBatch:
         torch.zeros(count, regions),
         torch.full((count, regions), IGNORED),
         torch.tensor([int(example.mismatched) for example in examples]),
+        F.one_hot(torch.from_numpy(answers_of(examples)), ANSWERS).float(),
     )
 
     for row, example in enumerate(examples):

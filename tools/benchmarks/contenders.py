@@ -6,7 +6,7 @@ import statistics
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -18,12 +18,15 @@ from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import Example, pack
 from megatron_interbert.kernels.choice import Kernels
+from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.model.initialise import initialise
-from megatron_interbert.model.interbert import InterBert
+from megatron_interbert.model.interbert import PRETRAINING_HEADS, InterBert
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.answering.task import AnswerTask
 from megatron_interbert.tasks.pretraining.task import PretrainingTask
+from megatron_interbert.tasks.task import Task
 from megatron_interbert.training.engine import Engine
-from tools.benchmarks.batches import PaddedBatch, pad
+from tools.benchmarks.batches import ANSWERS, PaddedBatch, answers_of, pad
 from tools.benchmarks.padded import parameters
 from tools.benchmarks.products import ProductTimer, flops_of_ours
 
@@ -141,6 +144,9 @@ class Contender(ABC):
 class Ours(Contender):
     """Train our model through our engine, as `pretrain` does."""
 
+    HEADS: ClassVar[tuple[str, ...]] = PRETRAINING_HEADS
+    TASK_HEADS: ClassVar[dict[str, TaskHead]] = {}
+
     def __init__(
         self,
         sizes: ModelConfig,
@@ -157,16 +163,23 @@ class Ours(Contender):
         config = RunConfig(
             micro_batch_size=batch, global_batch_size=together, bf16=bf16, zero_stage=zero_stage
         )
-        model = InterBert(sizes, state=self.state, kernels=kernels)
+        model = InterBert(
+            sizes, self.HEADS, state=self.state, kernels=kernels, task_heads=self.TASK_HEADS
+        )
         initialise(model, sizes, 0, self.state)
         self.engine = Engine(model.to(device), config, self.state)
-        self.task = PretrainingTask()
+        self.task = self.make_task()
+
+    def make_task(self) -> Task:
+        """Return what computes the loss."""
+        return PretrainingTask()
 
     def make_batch(self) -> None:
         self.batch = pack(self.examples, self.examples[0].features.shape[1]).to(self.device)
 
     def forward(self) -> None:
-        totals = self.state.sum_over_data(self.batch.target_counts().to(self.device))
+        counts = self.task.count_targets(self.batch)
+        totals = self.state.sum_over_data(counts.to(self.device))
         self.loss = self.task.loss(self.engine.forward(self.batch), self.batch, totals)[0]
 
     def backward(self) -> None:
@@ -177,6 +190,24 @@ class Ours(Contender):
 
     def own_figures(self) -> dict[str, Any]:
         return {"parameters": parameters(self.engine.model)}
+
+
+class OursForAnswers(Ours):
+    """Train our model to answer questions through our engine, as `finetune vqa` does."""
+
+    HEADS: ClassVar[tuple[str, ...]] = ()
+    TASK_HEADS: ClassVar[dict[str, TaskHead]] = {"vqa": TaskHead("answers", ANSWERS)}
+
+    def make_task(self) -> AnswerTask:
+        return AnswerTask("vqa", 1, soft=True)
+
+    def make_batch(self) -> None:
+        batch = pack(self.examples, self.examples[0].features.shape[1])
+        batch.head = "vqa"
+        batch.labels = torch.from_numpy(answers_of(self.examples))
+        batch.label_owner = torch.arange(len(batch))
+        batch.label_scores = torch.ones(len(batch))
+        self.batch = batch.to(self.device)
 
 
 class Padded(Contender):

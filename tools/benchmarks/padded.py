@@ -6,13 +6,17 @@ Each is a module whose forward takes a PaddedBatch and returns the loss.
 
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from megatron_interbert.config.model import ModelConfig
-from tools.benchmarks.batches import IGNORED, PaddedBatch
+from tools.benchmarks.batches import ANSWERS, IGNORED, PaddedBatch
+
+if TYPE_CHECKING:
+    from transformers import LxmertConfig
 
 HIDDEN_PLACE = -10000.0  # added to the scores of padding
 
@@ -125,6 +129,28 @@ class PaddedInterBert(nn.Module):
         )
 
 
+def lxmert_config(sizes: ModelConfig, count: int) -> "LxmertConfig":
+    """Return the sizes of LXMERT with `count` layers over words and the others in proportion."""
+    from transformers import LxmertConfig
+
+    return LxmertConfig(
+        l_layers=count,
+        x_layers=max(1, round(count * 5 / 9)),
+        r_layers=max(1, round(count * 5 / 9)),
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.ffn_hidden_size,
+        max_position_embeddings=sizes.max_position_embeddings,
+        num_object_labels=sizes.num_classes,
+        num_qa_labels=ANSWERS,
+        visual_feat_dim=sizes.feature_dim,
+        task_qa=False,
+        visual_attr_loss=False,
+        visual_feat_loss=False,
+    )
+
+
 class Lxmert(nn.Module):
     """Wrap transformers' LXMERT with its losses for words, objects and matching.
 
@@ -133,31 +159,10 @@ class Lxmert(nn.Module):
 
     def __init__(self, sizes: ModelConfig, values: int) -> None:
         super().__init__()
-        from transformers import LxmertConfig, LxmertForPreTraining
+        from transformers import LxmertForPreTraining
 
         def make(count: int) -> nn.Module:
-            """Build the model with `count` layers over words and the others in proportion."""
-            layers = {
-                "l_layers": count,
-                "x_layers": max(1, round(count * 5 / 9)),
-                "r_layers": max(1, round(count * 5 / 9)),
-            }
-
-            return LxmertForPreTraining(
-                LxmertConfig(
-                    **layers,
-                    vocab_size=sizes.vocab_size,
-                    hidden_size=sizes.hidden_size,
-                    num_attention_heads=sizes.num_attention_heads,
-                    intermediate_size=sizes.ffn_hidden_size,
-                    max_position_embeddings=sizes.max_position_embeddings,
-                    num_object_labels=sizes.num_classes,
-                    visual_feat_dim=sizes.feature_dim,
-                    task_qa=False,
-                    visual_attr_loss=False,
-                    visual_feat_loss=False,
-                )
-            )
+            return LxmertForPreTraining(lxmert_config(sizes, count))
 
         self.model = closest(make, values)
 
@@ -174,6 +179,33 @@ class Lxmert(nn.Module):
             },
             matched_label=1 - batch.mismatched,
         ).loss
+
+
+class LxmertForAnswers(nn.Module):
+    """Wrap transformers' LXMERT for question answering, with VQA's binary cross entropy; see
+    Lxmert.
+    """
+
+    def __init__(self, sizes: ModelConfig, values: int) -> None:
+        super().__init__()
+        from transformers import LxmertForQuestionAnswering
+
+        def make(count: int) -> nn.Module:
+            return LxmertForQuestionAnswering(lxmert_config(sizes, count))
+
+        self.model = closest(make, values)
+
+    def forward(self, batch: PaddedBatch) -> torch.Tensor:
+        logits = self.model(
+            input_ids=batch.token_ids,
+            attention_mask=batch.token_mask,
+            visual_feats=batch.features,
+            visual_pos=batch.locations[..., :4],
+            visual_attention_mask=batch.region_mask,
+        ).question_answering_score
+        losses = F.binary_cross_entropy_with_logits(logits, batch.answers, reduction="sum")
+
+        return losses / len(logits)
 
 
 class VisualBert(nn.Module):

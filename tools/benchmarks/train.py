@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import option
 from megatron_interbert.config.words import span
 from megatron_interbert.data.packing import Example, pack
@@ -37,15 +38,22 @@ from megatron_interbert.reading import read_json
 from megatron_interbert.training.peaks import peak_tflops
 from megatron_interbert.virtual.samples import random_examples
 from tools.benchmarks.bars import bars
-from tools.benchmarks.batches import sizes_of
-from tools.benchmarks.contenders import Contender, Ours, Padded
+from tools.benchmarks.batches import ANSWERS, questions, sizes_of
+from tools.benchmarks.contenders import Contender, Ours, OursForAnswers, Padded
 from tools.benchmarks.options import BenchmarkOptions
-from tools.benchmarks.padded import Lxmert, PaddedInterBert, VisualBert, parameters
+from tools.benchmarks.padded import (
+    Lxmert,
+    LxmertForAnswers,
+    PaddedInterBert,
+    VisualBert,
+    parameters,
+)
 
 TWIN = Kernels(plain.attention, plain.bias_gelu, plain.dropout_add_norm)
 FIGURES = 0  # request to a worker for its figures; other numbers request as many steps
 SAME_WORK = (
     "model",
+    "task",
     "batch",
     "ranks",
     "words",
@@ -54,6 +62,7 @@ SAME_WORK = (
     "max_regions",
     "bf16",
 )  # options that must be equal for times to be comparable
+BEFORE = {"task": "pretraining"}  # of measurements that do not say
 
 
 @dataclass
@@ -61,6 +70,11 @@ class Options(BenchmarkOptions):
     """Measure training steps of our model and of what a user would run instead."""
 
     model: str = option("base", "preset or JSON file of model sizes", group="model")
+    task: str = option(
+        "pretraining",
+        f"what is trained: three objectives, or answers to questions ({ANSWERS:,}, as in VQA)",
+        ("pretraining", "vqa"),
+    )
     batch: int = option(16, "samples per step", least=1)
     words: tuple[int, int] = option(
         (8, 20), "tokens per sample with [CLS] and [SEP], from-to; default: 8-20", read=span
@@ -96,16 +110,19 @@ def contenders(options: Options, device: torch.device) -> dict[str, Callable[[],
     sizes = sizes_of(options.model)
 
     def draw(number: int) -> list[Example]:
-        return random_examples(sizes, options.batch, options.words, options.regions, number)
+        return samples_of(options, sizes, number)
 
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     with torch.device("meta"):
-        values = parameters(InterBert(sizes))
+        values = parameters(InterBert(sizes))  # that transformers' models should have
+
+    asks = options.task == "vqa"
+    kind = OursForAnswers if asks else Ours
 
     def ours(kernels: Kernels) -> Callable[[], Contender]:
         stage = options.zero_stage if "zero_stage" in options.given else int(options.bf16)
-        return lambda: Ours(sizes, draw, device, options.bf16, kernels, stage)
+        return lambda: kind(sizes, draw, device, options.bf16, kernels, stage)
 
     def padded(make: Callable[[], nn.Module]) -> Callable[[], Contender]:
         regions = options.max_regions or options.regions[1]
@@ -114,10 +131,14 @@ def contenders(options: Options, device: torch.device) -> dict[str, Callable[[],
     found = {
         "ours": ours(choose_kernels("auto", device, dropout, dtype=dtype)),
         "ours by plain twins": ours(TWIN),
-        "padded InterBERT": padded(lambda: PaddedInterBert(sizes)),
-        "LXMERT": padded(lambda: Lxmert(sizes, values)),
-        "VisualBERT": padded(lambda: VisualBert(sizes, values)),
     }
+    if asks:
+        found["LXMERT"] = padded(lambda: LxmertForAnswers(sizes, values))
+    else:
+        found["padded InterBERT"] = padded(lambda: PaddedInterBert(sizes))
+        found["LXMERT"] = padded(lambda: Lxmert(sizes, values))
+        found["VisualBERT"] = padded(lambda: VisualBert(sizes, values))
+
     with contextlib.suppress(UsageError):  # if NVIDIA's apex is installed
         found["ours by apex"] = ours(choose_kernels("apex", device, dropout, dtype=dtype))
     if options.bf16 and device.type == "cuda":
@@ -373,7 +394,7 @@ def read_recorded(options: Options, names: list[str]) -> dict[str, Any]:
         )
 
     for name in SAME_WORK:
-        before = recorded["arguments"].get(name)
+        before = recorded["arguments"].get(name, BEFORE.get(name))
         now = str(getattr(options, name))
         if before != now:
             raise UsageError(
@@ -409,12 +430,13 @@ def shrunk(result: dict[str, Any], recorded: dict[str, Any], tolerance: float) -
 def needed_flops(options: Options) -> float:
     """Return the FLOPs of a step without padding for our model, by which others are judged too."""
     sizes = sizes_of(options.model)
-    return training_flops(
-        sizes,
-        pack(
-            random_examples(sizes, options.batch, options.words, options.regions), sizes.feature_dim
-        ),
-    )
+    return training_flops(sizes, pack(samples_of(options, sizes, 0), sizes.feature_dim))
+
+
+def samples_of(options: Options, sizes: ModelConfig, number: int) -> list[Example]:
+    """Draw the samples of a step."""
+    drawn = random_examples(sizes, options.batch, options.words, options.regions, number)
+    return questions(drawn) if options.task == "vqa" else drawn
 
 
 def table(result: dict[str, Any]) -> list[str]:
