@@ -14,6 +14,7 @@ from megatron_interbert.sample.corpus import NAMES, World, vocabulary
 from megatron_interbert.sample.field.blind import tasks_in
 from megatron_interbert.sample.field.gqa import VALID
 from megatron_interbert.sample.field.scenes import THINGS, captions_of, draw_scene
+from megatron_interbert.sample.field.single import looks_of, pairs_of
 from megatron_interbert.sample.field.vqa import questions_of
 from megatron_interbert.tasks.baselines import baselines_of
 from tests.launching import ROOT
@@ -50,9 +51,26 @@ def test_scenes_are_as_they_are_said_to_be():
         texts = [text for text, _ in captions_of(random, scene)]
         asked = list(questions_of(random, scene))
         texts += [question.text for question in asked]
+        pairs = list(pairs_of(random, scene))
+        texts += [text for pair in pairs for text in pair[:2]]
+        texts += looks_of(scene)
+        check_pairs(pairs)
         assert words.issuperset(" ".join(texts).split())
         for question in asked:
             check_answer(scene, question)
+
+
+def check_pairs(pairs):
+    """Check pairs of sentences by their words: all but the order and one word are alike."""
+    for first, second, entails in pairs:
+        words, others = first.split(), second.split()
+        if others[0] == "there":
+            said = {" ".join(words[1:3]): "a", " ".join(words[5:7]): "no"}
+            assert entails == (said[" ".join(others[3:])] == others[2])
+        else:
+            same_order = words[2] == others[1]
+            assert {words[2], words[10]} == {others[1], others[8]}
+            assert entails == (same_order == (words[6] == others[5]))
 
 
 def check_answer(scene, question):
@@ -140,6 +158,28 @@ def test_nothing_is_given_away_by_one_side(world, entries):
         error = 3 * np.sqrt(p * (1 - p) / entry["samples"])
         for figures in entry["figures"].values():
             assert abs(figures[figure] / 100 - p) < error, (name, figures)
+
+
+def test_pairs_of_sentences_give_nothing_away(world):
+    """Guess by the second sentence, by the words that both have, by which words are the same."""
+    lines = (world / "tasks" / "glue" / "RTE" / "dev.tsv").read_text().splitlines()[1:]
+    assert len(lines) == 8 * SIZES["test"]
+    rows = [line.split("\t")[1:] for line in lines]
+    entails = np.array([label == "entailment" for _, _, label in rows])
+    assert entails.mean() == 0.5
+    for clue in (
+        lambda first, second: second.split()[2],
+        lambda first, second: len(set(first.split()) & set(second.split())),
+        lambda first, second: first.split()[2] == second.split()[1],
+        lambda first, second: second in first,
+        lambda first, second: [word in second.split() for word in ("left", "right", "a", "no")],
+    ):
+        seen = np.array([str(clue(first, second)) for first, second, _ in rows])
+        for value in set(seen):
+            if value == "True" and entails[seen == value].all():
+                continue  # sentences that repeat the first one are true
+            some = entails[seen == value]
+            assert abs(some.mean() - 0.5) < 3 * 0.5 / np.sqrt(len(some)), value
 
 
 def test_options_of_vcr_give_nothing_away(world):

@@ -16,11 +16,19 @@ from megatron_interbert.sample.field.pointing import (
 )
 from megatron_interbert.sample.field.refcoco import write_refcoco
 from megatron_interbert.sample.field.scenes import TaskScene, draw_scene, write_scenes
+from megatron_interbert.sample.field.single import write_looks, write_texts
 from megatron_interbert.sample.field.snli_ve import write_snli_ve
 from megatron_interbert.sample.field.vqa import write_vqa
 
 FIRST_IMAGE = {"train": 1_000_000, "test": 2_000_000}
-WRITERS = {"vqa": write_vqa, "gqa": write_gqa, "vgqa": write_vgqa, "snli_ve": write_snli_ve}
+WRITERS = {
+    "vqa": write_vqa,
+    "gqa": write_gqa,
+    "vgqa": write_vgqa,
+    "snli_ve": write_snli_ve,
+    "glue": write_texts,
+    "looks": write_looks,
+}
 # what tasks call the splits
 OTHER_NAMES = {
     "nlvr2": {"train": "train", "test": "dev"},
