@@ -114,9 +114,9 @@ def finished(tmp_path, monkeypatch):
             (Path(given["--save"]) / "global_step2" / "manifest.json").write_text("{}")
             (Path(given["--save"]) / "metrics.jsonl").write_text('{"step": 2, "split": "train"}\n')
 
-    monkeypatch.setattr(run, "_call", call)
+    monkeypatch.setattr(run.stages, "call", call)
     run.results()
-    monkeypatch.setattr(run, "_call", lambda *flags: pytest.fail("nothing is to be made"))
+    monkeypatch.setattr(run.stages, "call", lambda *flags: pytest.fail("nothing is to be made"))
     assert run.results()["finetuned"] == FIGURES
 
     return run

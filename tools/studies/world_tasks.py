@@ -1,24 +1,46 @@
 """Name the files of each task of a generated world (interbert make-sample --tasks), as flags."""
 
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 SPLIT = "SPLIT"  # in a flag's value: the name of the split
-NAMES = {"nlvr2": {"test": "dev"}}  # of splits
-# of parts of a file that holds all
-PARTS = {"refcoco": ("train", "val"), "visual7w": ("train", "test")}
-MAIN = {
-    "refcoco": "accuracy_gt",
-    "flickr30k_entities": "R@1_det",
-}  # figures; others: accuracy
 
 
-def flags_of_tasks(world: Path) -> dict[str, dict[str, str]]:
-    """Return the flags of each task, with SPLIT for the split."""
+@dataclass(frozen=True)
+class WorldTask:
+    """Hold the finetuning of a task, its flags with SPLIT for a split's name, the names of both
+    splits, the flag that chooses a part of a file that holds both, and the main figure.
+    """
+
+    command: str
+    flags: dict[str, str]
+    splits: tuple[str, str] = ("train", "test")
+    part: str = ""
+    figure: str = "accuracy"
+
+    def training(self) -> dict[str, str]:
+        """Return the flags for training."""
+        return self._of(0)
+
+    def evaluation(self) -> dict[str, str]:
+        """Return the flags for evaluating on unseen scenes."""
+        return self._of(1)
+
+    def _of(self, number: int) -> dict[str, str]:
+        stores = ("train", "test")[number]
+        part = {self.part: self.splits[number]} if self.part else {}
+        own = self.splits[number] if not self.part else stores
+        found = {name: value.replace(SPLIT, own) for name, value in self.flags.items()}
+
+        return {**found, **part}
+
+
+def tasks_of(world: Path) -> dict[str, WorldTask]:
+    """Return the tasks that need words and regions, by name."""
     regions = {"data-path": f"{world}/{SPLIT}"}
     boxes = {"annotated-path": f"{world}/{SPLIT}_boxes"}
     games = f"{world}/guesswhat/guesswhat.{SPLIT}.jsonl.gz"
-
-    return {
+    flags = {
         "vqa": {
             **regions,
             "questions": f"{world}/vqa/{SPLIT}_questions.json",
@@ -46,26 +68,27 @@ def flags_of_tasks(world: Path) -> dict[str, dict[str, str]]:
         "guesswhat_guesser": {**boxes, "games": games},
         "guesswhat_oracle": {"data-path": f"{world}/{SPLIT}_boxes", "games": games},
     }
+    found = {name: WorldTask(name, given) for name, given in flags.items()}
+    in_parts = {"part": "split"}
+
+    return {
+        **found,
+        "nlvr2": replace(found["nlvr2"], splits=("train", "dev")),
+        "refcoco": replace(
+            found["refcoco"], splits=("train", "val"), figure="accuracy_gt", **in_parts
+        ),
+        "visual7w": replace(found["visual7w"], **in_parts),
+        "flickr30k_entities": replace(found["flickr30k_entities"], figure="R@1_det"),
+    }
 
 
-def of_split(flags: dict[str, str], task: str, split: str) -> dict[str, str]:
-    """Return the flags of a task for a split, train or test."""
-    name = NAMES.get(task, {}).get(split, split)
-    return {flag: value.replace(SPLIT, name) for flag, value in flags.items()}
-
-
-def training_flags(flags: dict[str, str], task: str) -> dict[str, str]:
-    """Return the flags of a task for training on the one split."""
-    parts = {"split": PARTS[task][0]} if task in PARTS else {}
-    return {**of_split(flags, task, "train"), **parts}
-
-
-def evaluation_flags(flags: dict[str, str], task: str) -> dict[str, str]:
-    """Return the flags of a task for evaluating on the other split."""
-    parts = {"split": PARTS[task][1]} if task in PARTS else {}
-    return {**of_split(flags, task, "test"), **parts}
-
-
-def main_figure(task: str) -> str:
-    """Return the name of a task's main figure."""
-    return MAIN.get(task, "accuracy")
+def one_sided(world: Path) -> dict[str, WorldTask]:
+    """Return the tasks that one side alone answers, by name."""
+    looks = {
+        "data-path": f"{world}/{SPLIT}",
+        "questions": f"{world}/looks/{SPLIT}_questions.json",
+    }
+    return {
+        "rte": WorldTask("glue", {"data-path": f"{world}/glue", "task": "RTE"}),
+        "looks": WorldTask("gqa", looks),
+    }
