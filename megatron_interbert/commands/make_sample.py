@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import Flags, option
+from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable
 from megatron_interbert.sample.corpus import World, write_questions, write_split
 from megatron_interbert.sample.field.blind import write_baselines, write_vcr_baselines
@@ -35,6 +36,15 @@ class Options(Flags):
         "also write other scenes to tasks/, with annotations in the formats of VQA, GQA, NLVR2 and"
         " more",
     )
+    pictures: bool = option(
+        False, "also draw the scenes of --tasks, for patch features: tasks/pictures/SPLIT"
+    )
+
+    def check(self) -> None:
+        """Raise UsageError for settings that contradict each other."""
+        super().check()
+        if self.pictures and not self.tasks:
+            raise UsageError("--pictures are of the scenes of --tasks; give both")
 
 
 def run(options: Options) -> None:
@@ -52,7 +62,7 @@ def run(options: Options) -> None:
         write_vcr_baselines(folder / "vcr")
     if options.tasks:
         sizes = {"train": options.train_scenes, "test": options.test_scenes}
-        write_world(world, folder / "tasks", sizes, options.seed)
+        write_world(world, folder / "tasks", sizes, options.seed, options.pictures)
         write_baselines(folder / "tasks")
 
     print(

@@ -13,9 +13,11 @@ import pytest
 from megatron_interbert.sample.corpus import NAMES, World, vocabulary
 from megatron_interbert.sample.field.blind import tasks_in
 from megatron_interbert.sample.field.gqa import VALID
+from megatron_interbert.sample.field.pictures import PAINT, SCALE, ground_of, shape_of
 from megatron_interbert.sample.field.scenes import THINGS, captions_of, draw_scene
 from megatron_interbert.sample.field.single import looks_of, pairs_of
 from megatron_interbert.sample.field.vqa import questions_of
+from megatron_interbert.sample.field.world import draw_scenes
 from megatron_interbert.tasks.baselines import baselines_of
 from tests.launching import ROOT
 
@@ -29,7 +31,8 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     command = [sys.executable, str(ROOT / "tools" / "make_sample.py"), "--output", str(folder)]
     sizes = ["--train-scenes", str(SIZES["train"]), "--test-scenes", str(SIZES["test"])]
-    subprocess.run([*command, *sizes, "--tasks", "--vcr"], check=True, capture_output=True)
+    wanted = ["--tasks", "--vcr", "--pictures"]
+    subprocess.run([*command, *sizes, *wanted], check=True, capture_output=True)
     return folder
 
 
@@ -180,6 +183,25 @@ def test_pairs_of_sentences_give_nothing_away(world):
                 continue  # sentences that repeat the first one are true
             some = entails[seen == value]
             assert abs(some.mean() - 0.5) < 3 * 0.5 / np.sqrt(len(some)), value
+
+
+def test_pictures_show_the_things_in_their_boxes(world):
+    """Look at the middle of things and at the corners, which no thing reaches."""
+    from PIL import Image
+
+    scenes = draw_scenes(World(0, 0.3), "test", 40, 0)
+    right = 0
+    for image, scene in scenes.items():
+        picture = np.asarray(Image.open(world / "tasks" / "pictures" / "test" / f"{image}.png"))
+        assert picture.shape == (240, 320, 3)
+        assert tuple(picture[0, 0]) == ground_of(scene.place)
+        for (colour, _), box in zip(scene.things, scene.boxes, strict=True):
+            x, y = ((box[:2] + box[2:]) / 2 * SCALE).astype(int)
+            right += "#{:02x}{:02x}{:02x}".format(*picture[y, x]) == PAINT[colour]
+    assert right > 0.95 * 6 * len(scenes)
+    shapes = [shape_of(kind) for kind in range(len(NAMES))]
+    assert len({shape.tobytes() for shape in shapes}) == len(NAMES)
+    assert all((shape >= 0).all() and (shape <= 1).all() for shape in shapes)
 
 
 def test_options_of_vcr_give_nothing_away(world):

@@ -9,6 +9,7 @@ from megatron_interbert.progress import progress
 from megatron_interbert.sample.corpus import World
 from megatron_interbert.sample.field.gqa import write_gqa, write_vgqa
 from megatron_interbert.sample.field.nlvr2 import write_nlvr2
+from megatron_interbert.sample.field.pictures import write_pictures
 from megatron_interbert.sample.field.pointing import (
     write_entities,
     write_guesswhat,
@@ -46,9 +47,11 @@ WRITERS_OF_ALL = {  # of files that hold all splits, or folders that do
 PAIRS = 4  # scenes for each couple of scenes of NLVR2
 
 
-def write_world(world: World, folder: Path, sizes: Mapping[str, int], seed: int) -> None:
-    """Write the stores of each split, SPLIT and SPLIT_boxes, with so many scenes, and annotations
-    for each task.
+def write_world(
+    world: World, folder: Path, sizes: Mapping[str, int], seed: int, pictures: bool = False
+) -> None:
+    """Write the stores of each split, SPLIT and SPLIT_boxes, with so many scenes, annotations for
+    each task and perhaps pictures of the scenes, pictures/SPLIT/IMAGE.png.
     """
     drawn = {split: draw_scenes(world, split, count, seed) for split, count in sizes.items()}
 
@@ -59,6 +62,8 @@ def write_world(world: World, folder: Path, sizes: Mapping[str, int], seed: int)
 
         for task, write in WRITERS.items():
             write(folder / task, split, scenes, seed)
+        if pictures:
+            write_pictures(folder / "pictures" / split, scenes)
 
         sets = max(len(scenes) // PAIRS, 1)
         write_nlvr2(world, folder / "nlvr2", OTHER_NAMES["nlvr2"][split], sets, seed)
