@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from megatron_interbert.data.masking import mask_blocks
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
+from megatron_interbert.hf.scorer import InterBertScorer
 from megatron_interbert.photos import detect_regions, read_photo
 from megatron_interbert.preparation.building.choosing import load_detector
 from megatron_interbert.preparation.building.detectors import DetectorChoice
@@ -270,6 +271,17 @@ def test_photos_become_a_store_without_labels_that_can_be_learnt(folders, tmp_pa
     assert "mrm_loss" not in lines[0]
     assert lines[-1]["msm_loss"] < 0.7 * lines[0]["msm_loss"]
     assert lines[-1]["mrfr_loss"] < lines[0]["mrfr_loss"]
+
+    python = (sys.executable,)
+    convert = ("tools/convert_checkpoint.py", tmp_path / "run", "--to", "huggingface")
+    ran(*python, *convert, "--output", tmp_path / "hf")
+    scorer = InterBertScorer.from_pretrained(tmp_path / "hf", "cpu")
+    texts = [opened.caption(number) for number in range(3)]
+    scores = scorer.score([opened.read(0), opened.read(1)], texts)
+    assert scores.shape == (2, 3)
+    np.testing.assert_allclose(scorer.score(again, texts)[0], scores[0], atol=2e-2)
+    serve = ("-m", "megatron_interbert.serve", "--load", tmp_path / "run", "--data-path", store)
+    assert "index " in ran(*python, *serve, "--image-folder", PHOTOS, "--build-only")
 
 
 @pytest.mark.parametrize(
