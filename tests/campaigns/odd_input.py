@@ -26,6 +26,7 @@ import tests.warm_imports  # noqa: F401  # once, for all that are forked
 from megatron_interbert.progress import progress
 from tests.campaigns.odd_world import ENDS_EARLY, Command, World, commands, sound_files
 from tests.launching import ROOT
+from tools.studies.world_tasks import tasks_of
 
 SECONDS = 60.0  # that one attempt may take
 ODD_TEXTS = {
@@ -181,10 +182,12 @@ def attempts(
 
     for command in commands(world):
         for flag in command.files:
-            for number in range(mutations if flag in sound else 0):
+            given = command.arguments.get(flag, "")
+            original = given if given.endswith((".json", ".jsonl")) else sound.get(flag)
+            for number in range(mutations if original else 0):
                 name = f"mutation {number}"
-                path = things / f"{len(found)}{Path(sound[flag]).suffix}"
-                path.write_text(mutated(sound[flag], chance), encoding="utf-8")
+                path = things / f"{len(found)}{Path(original).suffix}"
+                path.write_text(mutated(original, chance), encoding="utf-8")
                 found.append((command, flag, name, str(path)))
 
     return found
@@ -196,6 +199,7 @@ def make_weights(world: World) -> None:
         "pretrain": world.weights,
         "finetune vcr": world.vcr_weights,
         "finetune glue": world.glue_weights,
+        **{f"finetune {name}": f"{world.weights}-{name}" for name in tasks_of(world.tasks)},
     }
 
     for command in commands(world):

@@ -6,7 +6,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_interbert.sample.corpus import World as SampleWorld
+from megatron_interbert.sample.field.world import write_world
 from tests.corpus import write_store
+from tools.studies.world_tasks import tasks_of
 
 # Refused even with sound files: no detector is there, and an analysis would take minutes.
 ENDS_EARLY = ("tools/extract_features.py", "tools/ablate.py --model tiny --only none")
@@ -62,6 +65,13 @@ class World:
         kdd = "".join(line.replace(" ", "\t").replace("-", "") + "\n" for line in (header, row))
         self.kdd = self.text("kdd.tsv", kdd)
         self.answers = self.text("answers.json", '{"7": [1]}')
+        self.tasks = folder / "tasks"
+        write_world(SampleWorld(0, 0.3), self.tasks, {"train": 8, "test": 4}, 0)
+        questions = {"questions": f"{self.tasks}/gqa/train_balanced_questions.json"}
+        self.questions = self.text("questions.json", json.dumps({"gqa": questions}))
+        flags = {name: tasks_of(self.tasks)[name].training() for name in ("gqa", "snli_ve")}
+        self.task_flags = self.text("task_flags.json", json.dumps(flags))
+        self.list = self.text("list.txt", "image-1\nimage-2\nimage-3\n")
 
     def text(self, name: str, text: str) -> str:
         """The path of a file with this content."""
@@ -95,7 +105,13 @@ def vcr_question(image: str) -> dict:
 
 def commands(world: World) -> list[Command]:
     """Every command that reads what users bring."""
-    return [*training(world), *evaluations(world), *preparations(world), *conversions(world)]
+    return [
+        *training(world),
+        *evaluations(world),
+        *of_tasks(world),
+        *preparations(world),
+        *conversions(world),
+    ]
 
 
 def training(world: World) -> list[Command]:
@@ -120,6 +136,35 @@ def training(world: World) -> list[Command]:
         Command("finetune glue", glue, ("--data-path",)),
         Command("finetune product_search", search, ("--queries",)),
         Command("finetune recommendation", topics, ("--topics", "--clicks")),
+    ]
+
+
+def of_tasks(world: World) -> list[Command]:
+    """What trains and evaluates the tasks of the generated world."""
+    run = {"--train-iters": "1", "--num-workers": "0", "--save": "out", "--model": "tiny"}
+    run |= {"--micro-batch-size": "2", "--global-batch-size": "2", "--data-partitions": "2"}
+    found = []
+
+    for name, task in tasks_of(world.tasks).items():
+        flags = {f"--{flag}": value for flag, value in task.training().items()}
+        files = tuple(flag for flag in flags if flag != "--split")
+        found.append(Command(f"finetune {name}", {**run, **flags}, files))
+
+        read = {f"--{flag}": value for flag, value in task.evaluation().items()}
+        read |= {"--load": f"{world.weights}-{name}", "--output": "out"}
+        found.append(Command(f"evaluate {name}", read, (*files, "--load")))
+
+    answers = {**found[0].arguments, "--answers": world.text("list.json", '["yes", "no"]')}
+    several = {**run, "--task-flags": world.task_flags, "--exclude-images": world.list}
+    asked = {**run, "--data-path": f"{world.tasks}/train", "--questions": world.questions}
+    of_images = {"--load": world.weights, "--data-path": world.store, "--output": "out"}
+
+    return [
+        *found,
+        Command("finetune vqa --min-occurrences 1", answers, ("--answers",)),
+        Command("finetune multitask", several, ("--task-flags", "--exclude-images")),
+        Command("pretrain --objectives msm,itm,vqa", asked, ("--questions",)),
+        Command("evaluate retrieval", {**of_images, "--images": world.list}, ("--images",)),
     ]
 
 
@@ -164,6 +209,7 @@ def preparations(world: World) -> list[Command]:
         ),
         Command("tools/mine_negatives.py --overwrite", store, ("store",)),
         Command("tools/mine_neighbours.py", store, ("store",)),
+        Command("tools/cluster_features.py --clusters 3", store, ("store", "--like")),
         Command("tools/make_queries.py", queries, ("source", "--answers")),
         Command("tools/extract_features.py", photos, ("photos", "--detector", "--captions")),
     ]
