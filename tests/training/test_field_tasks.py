@@ -138,28 +138,32 @@ def test_each_step_trains_one_task_in_turn(run, world):
     assert "training samples left out" not in out
 
 
-def test_a_resumed_run_on_two_ranks_ends_with_the_same_weights(run):
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_a_resumed_run_on_two_ranks_ends_with_the_same_weights(run, tensor):
     folder, _ = run
-    flags = (*flags_of(folder), "--save", folder / "parts")
+    parts = f"parts-{tensor}"
+    flags = (*flags_of(folder), "--save", folder / parts)
     ran(*finetune(*flags, "--exit-interval", 7))
     script = ("-m", "torch.distributed.run", "--nproc-per-node", 2)
     place = ("--master-port", free_ports(1)[0], "-m", "megatron_interbert.finetune")
-    out = ran(sys.executable, *script, *place, *flags)
+    layout = ("--tensor-model-parallel-size", tensor)
+    out = ran(sys.executable, *script, *place, *flags, *layout)
     assert "resumed from" in out
     losses = [
         {step: entry["loss"] for step, entry in records(folder / name, "train").items()}
-        for name in ("whole", "parts")
+        for name in ("whole", parts)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=2e-4)
-    readers = [CheckpointReader(folder / n / f"global_step{STEPS}") for n in ("whole", "parts")]
+    readers = [CheckpointReader(folder / n / f"global_step{STEPS}") for n in ("whole", parts)]
     competing = ("visual7w", "guesswhat_guesser")  # softmax: their bias has no gradient but noise
     unmoved = [f"task_heads.{name}.output.bias" for name in competing]
     for name in set(readers[0].names) - set(unmoved):
         one, other = (reader.get(name, "weight") for reader in readers)
         torch.testing.assert_close(one, other, atol=2e-4, rtol=1e-3)
 
-    valid = [records(folder / name, "valid")[STEPS] for name in ("whole", "parts")]
-    assert set(valid[0]) == set(valid[1])
+    valid = [records(folder / name, "valid")[STEPS] for name in ("whole", parts)]
+    figures = [{k: v for k, v in of.items() if "_" in k or k == "mean"} for of in valid]
+    assert figures[0] == pytest.approx(figures[1], abs=0.5), "in percent"
 
 
 def evaluated(task, run, world, tmp_path, **more):
