@@ -469,7 +469,7 @@ def test_phrases_of_flickr30k_entities(stores, tmp_path):
         with pytest.raises(UsageError, match="not an annotation of Flickr30k Entities"):
             read_phrases(*files, stores)
     path.unlink()
-    with pytest.raises(UsageError, match="cannot read"):
+    with pytest.raises(UsageError, match="--entities has no Annotations"):
         read_phrases(*files, stores)
 
 

@@ -69,7 +69,11 @@ def refuse_unreachable_hub(name: str, revision: str, flag: str = "--detector") -
 
     from huggingface_hub import constants, try_to_load_from_cache
 
-    cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    try:
+        cached = try_to_load_from_cache(name, "config.json", revision=revision or None)
+    except ValueError as error:  # of huggingface_hub: the name can be no repository's
+        raise UsageError(f"{flag} {name[:200]}: neither a folder nor a name on the hub") from error
+
     proxy = any(variable.lower() == "https_proxy" for variable in os.environ)
     if isinstance(cached, str) or proxy or constants.HF_HUB_OFFLINE:
         return

@@ -65,12 +65,29 @@ def read_phrases(
     records: list[RegionRecord | Rejected] = []
 
     for image in read_text(images, "--images").split():
-        chains = read_chains(root / "Annotations" / f"{image}.xml")
-        for number, line in enumerate(sentences_of(root / "Sentences" / f"{image}.txt"), 1):
+        annotation, sentences = files_of(root, image, images)
+        chains = read_chains(annotation)
+        for number, line in enumerate(sentences_of(sentences), 1):
             if (image, number) not in unrelated:
                 records += records_of(image, number, line, chains, context, merged)
 
     return place_in(stores, images, records, whole)
+
+
+def files_of(root: Path, image: str, images: str) -> tuple[Path, Path]:
+    """Return the annotation and the sentences of an image that the file `images` lists.
+
+    Raises UsageError if one is not there.
+    """
+    found = root / "Annotations" / f"{image}.xml", root / "Sentences" / f"{image}.txt"
+    for path in found:
+        if not is_there(path):
+            raise UsageError(
+                f"--images {images}: lists {image:.80}, but --entities has no {path.parent.name}/"
+                f"{path.name:.80}; give its train.txt, val.txt or test.txt"
+            )
+
+    return found
 
 
 def sentences_of(path: Path) -> list[str]:

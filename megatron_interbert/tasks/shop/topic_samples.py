@@ -112,8 +112,8 @@ def read_clicks(path: str, topics: Topics, catalogue: Catalogue, flag: str) -> C
 
         if topic is None:
             raise UsageError(
-                f"{where}: topic {record['topic_id']} is not among the topics; give the file that"
-                " holds it"
+                f"{where}: topic {record['topic_id']} is not among those of --topics; give the file"
+                " that holds it"
             )
 
         if item is None:

@@ -93,6 +93,8 @@ def read_questions(
     images = sorted(
         (entry for path in paths for entry in images_of(path)), key=lambda image: int(image["id"])
     )
+    if not images:
+        raise UsageError(f"--questions {', '.join(paths)}: holds no images with questions")
     if minval >= len(images):
         raise UsageError(
             f"--minval {minval}: there are {len(images)} images; give a smaller number"
