@@ -214,6 +214,22 @@ def match_names(asked: Iterable[str], numbers: Mapping[str, int]) -> dict[str, i
     return found
 
 
+def match_across(asked: Iterable[str], numbers: Mapping[str, int]) -> dict[str, int]:
+    """Find images by names of several data sets, as match_names does; where some have COCO's prefix
+    and others are plain numbers, those of one kind never mean images of the other.
+    """
+    names = list(asked)
+    if not are_spelt_both_ways([*names, *numbers]):
+        return match_names(names, numbers)
+
+    found: dict[str, int] = {}
+    for coco in (True, False):
+        own = {name: number for name, number in numbers.items() if ImageName(name).is_coco == coco}
+        found |= match_names([name for name in names if ImageName(name).is_coco == coco], own)
+
+    return found
+
+
 def _means(name: ImageName, image: ImageName, unique: set[str], unclear: set[str]) -> bool:
     """Check whether a name means an image by a key that is clear and means no other image."""
     own = set(name.own_keys) - unclear

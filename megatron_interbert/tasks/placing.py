@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_interbert.data.image_names import match_names
+from megatron_interbert.data.image_names import match_across
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.drops import Drops
@@ -141,7 +141,7 @@ def leave_out(
     Raises UsageError if none is left.
     """
     own = {name: number for number, name in enumerate(image_names(records))}
-    gone = set(match_names(names, own).values())
+    gone = set(match_across(names, own).values())
     kept = [
         row
         for row, record in enumerate(records.items)

@@ -60,6 +60,12 @@ class MultitaskConfig(FinetuneConfig):
         " images of the tasks' validation files are excluded in any case",
         FREE,
     )
+    image_data: str = setting(
+        "",
+        "image_data.json of Visual Genome, which says which of its images are COCO's: those are"
+        " excluded under both names",
+        FREE,
+    )
     global_batch_size: int = redefault(
         FinetuneConfig,
         "global_batch_size",

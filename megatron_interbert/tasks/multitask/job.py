@@ -16,6 +16,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.config import FinetuneConfig
 from megatron_interbert.tasks.multitask.config import MultitaskConfig, configs_of
+from megatron_interbert.tasks.multitask.same_images import SameImages
 from megatron_interbert.tasks.multitask.samples import MultitaskSet
 from megatron_interbert.tasks.multitask.schedule import Schedule, sampling_weights
 from megatron_interbert.tasks.multitask.task import MultiTask
@@ -129,6 +130,9 @@ def leave_out_images(
 
     for job in jobs.values():
         names |= job.judged_images
+
+    if config.image_data:
+        names |= SameImages(config.image_data).others(names)
 
     lost = {}
     for name, job in jobs.items():
