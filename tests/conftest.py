@@ -24,8 +24,11 @@ LONGEST_FILES = (
     "test_launch.py",
     "test_convert.py",
     "test_shared_work.py",
+    "test_field_tasks.py",
     "test_locked_environment.py",
     "test_nothing_lost.py",
+    "test_odd_input.py",
+    "test_task_world.py",
     "test_memory.py",
     "test_resume.py",
     "test_real_images.py",
@@ -63,7 +66,8 @@ LONGEST_FILES = (
     "test_shared_weights.py",
     "test_streams.py",
     "test_zero_options.py",
-    "test_odd_input.py",
+    "test_patch_features.py",
+    "test_cluster_features.py",
 )
 
 
