@@ -9,6 +9,7 @@ import torch
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
+from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.pages.photo_folder import photos_in
@@ -58,6 +59,9 @@ def evaluate_answers(
     its text. All ranks of a launch must call it.
     """
     check_photos(config.image_folder, state)
+    if not config.stores():
+        raise UsageError("--data-path is missing; give the region store of the images")
+
     model, source = load_model(
         config.load,
         (),

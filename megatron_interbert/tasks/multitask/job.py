@@ -36,7 +36,10 @@ def multitask_job(
     Raises UsageError if the tasks cannot share a model.
     """
     configs = configs_of(config, {name: kind for name, (kind, _) in known.items()})
-    jobs = {name: known[name][1](own, state) for name, own in configs.items()}
+    jobs = {
+        name: job_of(f"{config.task_flags}: {name}", known[name][1], own, state)
+        for name, own in configs.items()
+    }
     config.notes += [f"{name}: {note}" for name, own in configs.items() for note in own.notes]
     check_alike(jobs)
     left_out = leave_out_images(config, jobs, state)
@@ -73,6 +76,14 @@ def multitask_job(
     )
 
     return job
+
+
+def job_of(where: str, make_job: MakeJob, config: FinetuneConfig, state: ParallelState) -> Job:
+    """Build the job of one task; its errors say in which task of the file they are."""
+    try:
+        return make_job(config, state)
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
 
 
 def evaluation_of(judged: Mapping[str, Job]) -> Callable[..., dict[str, float]]:
