@@ -42,10 +42,39 @@ class Records:
     def __len__(self) -> int:
         return len(self.items)
 
-    @property
-    def labelled(self) -> bool:
-        """Return whether the right answers of all samples are known."""
-        return all(record.labelled for record in self.items)
+    def known(self) -> list[int]:
+        """Return the samples whose right answers are known."""
+        return [row for row, record in enumerate(self.items) if record.labelled]
+
+    def unlabelled(self, what: str) -> str:
+        """Return a line such as `3 of 120 samples have no answer and do not count (first: 12)`, or
+        an empty string if the right answers of all samples are known.
+        """
+        known = set(self.known())
+        others = [row for row in range(len(self)) if row not in known]
+        if not others:
+            return ""
+
+        first = self.items[others[0]].id
+        return (
+            f"{len(others)} of {len(self)} samples have no {what} and do not count (first: {first})"
+        )
+
+    def labelled(self, what: str) -> "Records":
+        """Return the samples whose right answers are known, with the others counted as dropped for
+        having no `what`; raises UsageError if none is left.
+        """
+        kept = self.known()
+        found = self.take(kept)
+        found.drops = Drops()
+        found.drops.take(self.drops)
+
+        for row in set(range(len(self))).difference(kept):
+            found.drops.add(f"it has no {what}", self.items[row].id)
+        if not kept:
+            raise UsageError(f"{found.report()}; nothing is left: give files that have them")
+
+        return found
 
     def report(self) -> str:
         """Return a line such as `FILES: 120 samples; dropped 3: REASON (first: 458752000)`."""
@@ -54,6 +83,10 @@ class Records:
     def take(self, rows: Sequence[int]) -> "Records":
         """Return some of the samples, with all that was dropped."""
         return Records(self.files, [self.items[row] for row in rows], self.images[rows], self.drops)
+
+    def with_images(self, images: np.ndarray) -> "Records":
+        """Return the samples with other numbers for their images."""
+        return Records(self.files, self.items, images, self.drops)
 
     @staticmethod
     def join(parts: Sequence["Records"]) -> "Records":
@@ -165,5 +198,5 @@ def refuse_repeated(records: Iterable[AnyRecord | Rejected], files: str) -> None
     for record in records:
         name = record[0] if isinstance(record, tuple) else record.id
         if name in seen:
-            raise UsageError(f"{files}: {name} is there twice; give each file once")
+            raise UsageError(f"{files}: {name} occurs twice; list each file once")
         seen.add(name)

@@ -72,6 +72,23 @@ def parse_records(
         yield where, record
 
 
+def whole_number(entry: Mapping[str, Any], key: str, where: str) -> int:
+    """Return a whole number of an entry, which may be written as a text; raises UsageError for
+    another text.
+    """
+    value = entry[key]
+    if isinstance(value, str) and not (value.isascii() and value.isdigit()):
+        raise UsageError(f"{where}: '{key}' is {json.dumps(value)[:60]}, expected a whole number")
+
+    return int(value)
+
+
+def check_optional(entry: Mapping[str, Any], keys: Mapping[str, Kind], where: str) -> None:
+    """Raise UsageError if a key that an entry may lack, or have as null, is of another kind."""
+    given = {key: kind for key, kind in keys.items() if entry.get(key) is not None}
+    check_entry(entry, given, where)
+
+
 def check_entry(entry: Any, keys: Mapping[str, Kind], where: str) -> None:
     """Raise UsageError unless an entry of a file is an object with these keys and kinds."""
     if not isinstance(entry, dict):

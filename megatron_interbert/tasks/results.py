@@ -4,14 +4,14 @@ format the table that is printed from it.
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_interbert.board import Board
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
-from megatron_interbert.files import file_sha256, write_json
+from megatron_interbert.files import file_sha256, write_json, write_text
 from megatron_interbert.tasks.baselines import baselines_of
 from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
@@ -113,6 +113,34 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
             f"note: {board.path} cannot be written ({error.strerror}); result.json has the metrics",
             flush=True,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """Hold a file of an evaluation beside result.json: its name, what makes its text, and what it
+    is called where its path is printed.
+    """
+
+    name: str
+    text: Callable[[], str]
+    label: str
+
+
+def write_outputs(
+    folder: Path, result: dict[str, Any], unlabelled: str, outputs: Sequence[Output]
+) -> None:
+    """Write result.json and further files to a folder, in this order, and print the metrics, which
+    samples have no part in them (`unlabelled`, if there are such), and where everything is.
+    """
+    write_result(folder, result)
+    print(table(result) if result["metrics"] else "no metrics computed")
+    if unlabelled:
+        print(unlabelled)
+
+    print(f"result: {folder / 'result.json'}")
+    for output in outputs:
+        write_text(folder / output.name, output.text())
+        print(f"{output.label}: {folder / output.name}")
 
 
 def table(result: dict[str, Any]) -> str:

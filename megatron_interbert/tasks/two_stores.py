@@ -9,8 +9,6 @@ from megatron_interbert.data.region_batch import RegionBatch, read_regions
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.image_finder import find_images, image_size
 
-NOWHERE = -1
-
 
 class TwoStores:
     """Join the regions of an image from a store of annotated boxes and one of detected boxes, at
@@ -32,6 +30,18 @@ class TwoStores:
     def corpora(self) -> list[Corpus]:
         """List the stores that there are, the annotated one first."""
         return [corpus for corpus in (self.annotated, self.detected) if corpus is not None]
+
+    def only_annotated(self) -> "TwoStores | None":
+        """Return the annotated store alone, if there is one."""
+        return TwoStores(self.annotated, None, self.max_regions) if self.annotated else None
+
+    def only_detected(self) -> "TwoStores | None":
+        """Return the detected store alone, if there is one."""
+        return TwoStores(None, self.detected, self.max_regions) if self.detected else None
+
+    def columns_of(self, numbers: np.ndarray, both: "TwoStores") -> np.ndarray:
+        """Return the numbers of images in these stores, from those in `both`, [n, stores]."""
+        return numbers[:, [both.corpora.index(corpus) for corpus in self.corpora]]
 
     @property
     def feature_dim(self) -> int:
@@ -66,26 +76,21 @@ class TwoStores:
         most = sum(int(corpus.region_counts.max()) for corpus in self.corpora)
         return min(most, self.max_regions)
 
-    def read(self, numbers: np.ndarray) -> tuple[RegionBatch, np.ndarray]:
-        """Read the regions of images [n, stores]: their boxes are shares of the image; and whether
-        each is an annotated one, bool [R].
-        """
+    def read(self, numbers: np.ndarray) -> RegionBatch:
+        """Read the regions of images [n, stores]; their boxes are shares of the image."""
         parts = []
         for place, corpus in enumerate(self.corpora):
             regions = read_regions(corpus, numbers[:, place], self.max_regions)
             parts.append((regions.features, regions.locations()[:, :4], regions.offsets))
 
-        joined, part = join_regions(parts, self.max_regions)
-        annotated = self.annotated is not None
-
-        return joined, (part == 0) & annotated
+        return join_regions(parts, self.max_regions)
 
 
 def join_regions(
     parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], most: int
-) -> tuple[RegionBatch, np.ndarray]:
+) -> RegionBatch:
     """Join the regions of the same images from several stores: those of the first store, then of
-    the next, at most `most` per image; and tell which store each region is from, int64 [R].
+    the next, at most `most` per image.
 
     A part is (features, boxes as shares, offsets) of one store.
     """
@@ -106,7 +111,8 @@ def join_regions(
     chosen = np.concatenate(rows)
     nothing = np.zeros((0, 1))
     sizes = np.ones((len(offsets) - 1, 2), np.float32)
-    joined = RegionBatch(
+
+    return RegionBatch(
         features[chosen],
         boxes[chosen].astype(np.float32),
         nothing,
@@ -114,5 +120,3 @@ def join_regions(
         sizes,
         np.array(offsets),
     )
-
-    return joined, np.searchsorted(begin, chosen, side="right") - 1

@@ -26,11 +26,12 @@ from megatron_interbert.tasks.answering.task import AnswerTask
 from megatron_interbert.tasks.answering.vocabulary import AnswerList, frequent_answers
 from megatron_interbert.tasks.gqa import samples as gqa_samples
 from megatron_interbert.tasks.gqa.job import submission as gqa_submission
-from megatron_interbert.tasks.gqa.metrics import gqa_metrics
+from megatron_interbert.tasks.gqa.metrics import check_questions, gqa_metrics
 from megatron_interbert.tasks.gqa.samples import GqaFacts, read_choices, steps_of
 from megatron_interbert.tasks.nlvr2.job import nlvr2_metrics
 from megatron_interbert.tasks.nlvr2.job import submission as nlvr2_submission
 from megatron_interbert.tasks.nlvr2.samples import read_statements
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.snli_ve.job import snli_ve_metrics
 from megatron_interbert.tasks.snli_ve.samples import read_pairs
 from megatron_interbert.tasks.vqa.config import VqaConfig
@@ -249,12 +250,12 @@ def test_what_metrics_of_gqa_cannot_do_without(tmp_path):
     facts = replace(records[0].facts, entailed=("99",), balanced=True, detailed="color")
     lonely = [Record("0", ("?",), ("i",), {given[0]: 1.0}, facts)]
     with pytest.raises(UsageError, match="question 0 entails 99, which is not among"):
-        gqa_metrics(lonely, given[:1], consistency=True)
+        check_questions(Records("f", lonely, np.zeros((1, 1), int)), consistency=True)
     with pytest.raises(UsageError, match="--choices has no entry for question 0"):
-        gqa_metrics(lonely, given[:1], {})
+        check_questions(Records("f", lonely, np.zeros((1, 1), int)), {})
     unbalanced = [Record("0", ("?",), ("i",), {"a": 1.0}, replace(facts, balanced=False))]
     with pytest.raises(UsageError, match="none of the questions is balanced"):
-        gqa_metrics(unbalanced, ["a"])
+        check_questions(Records("f", unbalanced, np.zeros((1, 1), int)))
 
     path = tmp_path / "choices.json"
     path.write_text('{"1": {"valid": ["a"]}}')

@@ -18,21 +18,23 @@ from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.flickr30k_entities.job import entities_metrics
+from megatron_interbert.tasks.flickr30k_entities.job import ENTITIES
 from megatron_interbert.tasks.flickr30k_entities.samples import parse_sentence, read_phrases
 from megatron_interbert.tasks.grounding.boxes import overlaps, problem_of
+from megatron_interbert.tasks.grounding.job import samples_by_way
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
-from megatron_interbert.tasks.grounding.samples import ANNOTATED, DETECTED, RegionSamples, RegionSet
+from megatron_interbert.tasks.grounding.samples import RegionSamples, RegionSet
 from megatron_interbert.tasks.grounding.task import RegionTask
 from megatron_interbert.tasks.guesswhat.games import read_games
 from megatron_interbert.tasks.guesswhat.guesser import read_dialogues
 from megatron_interbert.tasks.guesswhat.oracle import OracleSamples, read_turns
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.refcoco.config import RefcocoConfig
-from megatron_interbert.tasks.refcoco.job import refcoco_metrics
+from megatron_interbert.tasks.refcoco.job import REFCOCO
 from megatron_interbert.tasks.refcoco.refs import read_expressions
 from megatron_interbert.tasks.two_stores import TwoStores
-from megatron_interbert.tasks.visual7w.job import visual7w_metrics
+from megatron_interbert.tasks.visual7w.job import VISUAL7W
 from megatron_interbert.tasks.visual7w.samples import read_questions
 from tests.corpus import VOCABULARY
 from tests.dist import run_on_ranks
@@ -85,16 +87,22 @@ def test_boxes_that_cannot_be_used(box, problem):
     assert problem_of(np.array([box], float), SIZE) == problem
 
 
+def figures(task, record, ranked, convention="plain"):
+    """Return the figures of one sample."""
+    records = Records("f", [record], np.zeros((1, 1), np.int64))
+    return task.figures_of(records, [ranked], convention)
+
+
 def test_only_more_than_half_counts():
     target = np.array([[0, 0, 10, 10]], np.float32)
     record = RegionRecord("1", ("x",), ("i",), SIZE, target)
     for box, right in (([0, 0, 10, 5], 0), ([0, 0, 10, 5.1], 100), ([0, 0, 10, 10], 100)):
         ranked = Ranked(np.array([box], float), np.zeros(1, np.float32))
-        assert refcoco_metrics([record], [ranked], "plain")["accuracy"] == right
+        assert figures(REFCOCO, record, ranked)["accuracy"] == right
 
     half = Ranked(np.array([[0, 0, 9, 4]], float), np.zeros(1, np.float32))
     tall = RegionRecord("1", ("x",), ("i",), SIZE, np.array([[0, 0, 9, 9]], np.float32))
-    assert refcoco_metrics([tall], [half], "inclusive")["accuracy"] == 0  # 10 x 5 of 10 x 10
+    assert figures(REFCOCO, tall, half, "inclusive")["accuracy"] == 0  # 10 x 5 of 10 x 10
 
 
 def test_recall_of_phrases_takes_the_first_right_box():
@@ -103,7 +111,7 @@ def test_recall_of_phrases_takes_the_first_right_box():
     wrong = [20.0, 20, 30, 30]
     for place in range(12):
         boxes = np.array([wrong] * place + [[50, 50, 60, 60]] + [wrong] * 12)[:10]
-        found = entities_metrics([record], [Ranked(boxes, np.zeros(len(boxes)))], "plain")
+        found = figures(ENTITIES, record, Ranked(boxes, np.zeros(len(boxes))))
         assert found == {f"R@{k}": 100.0 * (place < k) for k in (1, 5, 10)}
 
 
@@ -268,10 +276,12 @@ def make_model():
     return model.eval()
 
 
-@pytest.mark.parametrize("among", ["all", ANNOTATED, DETECTED])
-def test_regions_to_choose_among(stores, tokenizer, among):
+@pytest.mark.parametrize("way", ["all", "_gt", "_det"])
+def test_regions_to_choose_among(stores, tokenizer, way):
     records = random_records(stores)
-    samples = RegionSamples("t", records, stores, tokenizer, 12, among)
+    together = RegionSamples("t", records, stores, tokenizer, 12)
+    samples = {"all": together, **samples_by_way(REFCOCO, records, stores, tokenizer, 12)}[way]
+    read = 0
     fields, shown = samples.fields(range(len(records)))
     batch = to_batch(fields)
     for row, record in enumerate(records.items):
@@ -279,19 +289,47 @@ def test_regions_to_choose_among(stores, tokenizer, among):
         image = int(records.images[row][0])
         annotated = boxes_of(stores, image)
         detected = stores.detected.stores[0].read(image).boxes
-        expected = {"all": [annotated, detected], ANNOTATED: [annotated], DETECTED: [detected]}
-        every = np.concatenate(expected[among])
-        if among == "all" or among == DETECTED:
-            every = every[: 8 if among == "all" else 8 - len(annotated)]
+        expected = {"all": [annotated, detected], "_gt": [annotated], "_det": [detected]}
+        every = np.concatenate(expected[way])[: stores.max_regions]
+        read += len(every)
         if record.choices is None:
             np.testing.assert_allclose(own, every, atol=1e-4)
         else:
-            nearest = {int(n) for n in overlaps(every, record.choices).argmax(axis=0)}
+            shared = overlaps(every, record.choices)
+            nearest = {int(n) for n in shared.argmax(axis=0)[shared.max(axis=0) > 0]}
             np.testing.assert_allclose(own, every[sorted(nearest)], atol=1e-4)
 
+    assert len(fields["region_rows"]) == read, "the model sees no other regions"
     assert batch.max_candidates == np.bincount(shown.owner).max()
     summaries = set(batch.summary_rows.tolist())
     assert not summaries & set(batch.candidates.tolist()), "[IMG] is no candidate"
+
+
+def test_few_regions_leave_both_kinds_something_to_choose(stores, tokenizer):
+    records = random_records(stores)
+    few = TwoStores(stores.annotated, stores.detected, 2)
+    model = make_model()
+
+    for way, samples in samples_by_way(REFCOCO, records, few, tokenizer, 12).items():
+        samples.head = "t"
+        ranked = rank_regions(model, samples, ParallelState(), torch.device("cpu"), 4)
+        kind = few.annotated if way == "_gt" else few.detected
+        for row, best in enumerate(ranked):
+            boxes = kind.stores[0].read(int(records.images[row][0])).boxes[:2]
+            assert np.abs(boxes - best.boxes[0]).max(axis=1).min() < 1e-3
+
+
+def test_choices_that_no_region_overlaps_are_never_right(stores, tokenizer):
+    record = random_records(stores).items[0]
+    far = np.array([[4000, 4000, 4010, 4010], [5000, 5000, 5010, 5010]], np.float32)
+    record.choices, record.targets, record.facts = far, far[:1], 0
+    records = Records("f", [record], np.array([[0, 0]], np.int64))
+    samples = samples_by_way(VISUAL7W, records, stores, tokenizer, 12)[""]
+    _, shown = samples.fields([0])
+    assert len(shown.boxes) == len(boxes_of(stores, 0)) * 2 + 2, "all regions are left to choose"
+
+    for box in shown.boxes:
+        assert figures(VISUAL7W, record, Ranked(box[None], np.zeros(1)))["accuracy"] == 0
 
 
 @pytest.mark.parametrize("kind", ["binary", "softmax"])
@@ -386,7 +424,7 @@ def test_questions_of_visual7w(stores, tmp_path):
     np.testing.assert_allclose(first.targets[0], boxes_of(stores, 0)[1], atol=1e-4)
     for place in range(4):
         ranked = Ranked(first.choices[place : place + 1] + 0.2, np.zeros(1))
-        accuracy = visual7w_metrics([first], [ranked], "plain")["accuracy"]
+        accuracy = figures(VISUAL7W, first, ranked)["accuracy"]
         assert accuracy == 100.0 * (place == first.facts)
 
     document = visual7w(stores)

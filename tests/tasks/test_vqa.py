@@ -19,7 +19,12 @@ from megatron_interbert.tasks.vqa.answers import (
 )
 from megatron_interbert.tasks.vqa.contractions import contractions
 from megatron_interbert.tasks.vqa.job import vqa_metrics
-from megatron_interbert.tasks.vqa.samples import VqaFacts, main_answers, read_questions
+from megatron_interbert.tasks.vqa.samples import (
+    VqaFacts,
+    main_answers,
+    read_annotations,
+    read_questions,
+)
 from megatron_interbert.tasks.vqa.visual_genome import read_questions as read_visual_genome
 from tests.shared import SHARED, needs_shared
 from tests.tasks.test_vcr import write_regions
@@ -176,7 +181,7 @@ def test_the_fields_answer_lists_are_fixed_points_of_the_normalisation():
         ({"a": 0, "b": 2}, "the number of 'b' is 2, expected 0 to 1"),
         ({"a": 0, "b": 0}, "'a' and 'b' have the same number 0"),
         ({"a": "0"}, "the number of 'a' is '0'"),
-        (["a", "b", "a"], "'a' is there twice"),
+        (["a", "b", "a"], "'a' occurs twice"),
         (["a", 1], "expected a JSON list of answers"),
         ([], "holds no answers"),
         (3, "expected a JSON list of answers"),
@@ -195,24 +200,24 @@ def test_real_questions_find_images_by_cocos_names(tmp_path):
     names = [f"COCO_train2014_{q['image_id']:012d}" for q in questions]
     corpus = write_regions(tmp_path / "store", dict.fromkeys(names, 3))
     files = [str(REAL / "vqav2" / f"{name}.json") for name in ("questions", "annotations")]
-    records = read_questions(files[:1], files[1:], corpus)
+    records = read_questions(files[:1], read_annotations(files[1:]), corpus)
     assert len(records) == 3
     assert not len(records.drops)
     assert [len(record.facts.said) for record in records.items] == [10, 10, 10]
     assert max(records.items[0].answers.values()) == 1.0
-    main = main_answers(files[1:])
+    main = main_answers([read_annotations(files[1:])])
     assert main.total() == 3
     for record in records.items:
         said = Counter(normalise_answer(answer) for answer in record.facts.said)
         assert main[said.most_common(1)[0][0]]
 
     plain = write_regions(tmp_path / "plain", {f"{q['image_id']:012d}": 3 for q in questions})
-    assert len(read_questions(files[:1], files[1:], plain)) == 3
+    assert len(read_questions(files[:1], read_annotations(files[1:]), plain)) == 3
     val = write_regions(
         tmp_path / "val", {f"COCO_val2014_{q['image_id']:012d}": 3 for q in questions}
     )
     with pytest.raises(UsageError, match="dropped 3: its image is not in the region store"):
-        read_questions(files[:1], files[1:], val)
+        read_questions(files[:1], read_annotations(files[1:]), val)
 
 
 @needs_shared
@@ -251,7 +256,7 @@ def test_questions_that_cannot_be_used_are_counted(tmp_path):
         for n in (1, 2, 3, 5)
     ]
     questions, annotations = files_of(tmp_path, entries, answered)
-    records = read_questions(questions, annotations, corpus)
+    records = read_questions(questions, read_annotations(annotations), corpus)
     assert [record.id for record in records.items] == ["1"]
     assert dict(records.drops.counts) == {
         "its image is not in the region store": 1,
@@ -260,18 +265,25 @@ def test_questions_that_cannot_be_used_are_counted(tmp_path):
         "its annotation has no answers": 1,
     }
     with pytest.raises(UsageError, match="2: its image is not in the region store; every sample"):
-        read_questions(questions, [], corpus, whole=True)
+        read_questions(questions, None, corpus, whole=True)
 
     for change, message in (
         ({"question": 3}, "question 0: 'question' is 3, expected str"),
-        ({"question_id": "1"}, "question 0: 'question_id' is \"1\", expected int"),
+        ({"question_id": "a1"}, "question 0: 'question_id' is \"a1\", expected a whole number"),
     ):
         bad = files_of(tmp_path, [{**entries[0], **change}], answered)
         with pytest.raises(UsageError, match=message):
-            read_questions(*bad, corpus)
+            read_questions(bad[0], read_annotations(bad[1]), corpus)
+
+    texts = files_of(
+        tmp_path,
+        [{**entries[0], "question_id": "1"}],
+        [{**answered[0], "question_id": "1"}],
+    )
+    assert len(read_questions(texts[0], read_annotations(texts[1]), corpus)) == 1
 
     twice = files_of(tmp_path, [entries[0], entries[0]], answered)
-    with pytest.raises(UsageError, match="1 is there twice"):
-        read_questions(*twice, corpus)
+    with pytest.raises(UsageError, match="1 occurs twice"):
+        read_questions(twice[0], read_annotations(twice[1]), corpus)
     with pytest.raises(UsageError, match="has no list 'questions'"):
-        read_questions(annotations, annotations, corpus)
+        read_questions(annotations, read_annotations(annotations), corpus)

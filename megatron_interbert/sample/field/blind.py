@@ -38,6 +38,7 @@ from megatron_interbert.tasks.vcr.samples import read_questions as read_vcr
 from megatron_interbert.tasks.visual7w.job import VISUAL7W
 from megatron_interbert.tasks.visual7w.samples import read_questions as read_visual7w
 from megatron_interbert.tasks.vqa.job import vqa_metrics
+from megatron_interbert.tasks.vqa.samples import read_annotations
 from megatron_interbert.tasks.vqa.samples import read_questions as read_vqa
 from megatron_interbert.tasks.vqa.visual_genome import read_questions as read_vgqa
 from megatron_interbert.tasks.vqa.visual_genome import vgqa_metrics
@@ -107,7 +108,7 @@ class RegionFiles:
                 "image only": rank_by_image(of_train[end], trained, samples, most),
             }
             for name, best in ranked.items():
-                values = self.task.metrics(asked.items, best, "plain")
+                values = self.task.figures_of(asked, best, "plain")
                 found[name] |= {f"{figure}{end}": value for figure, value in values.items()}
 
         return entry_of(self.files, len(asked), found)
@@ -128,7 +129,7 @@ def tasks_in(folder: Path) -> Iterator[AnswerFiles | RegionFiles]:
     yield AnswerFiles(
         vqa_metrics,
         lambda split, corpus: read_vqa(
-            [vqa(split, "questions")], [vqa(split, "annotations")], corpus
+            [vqa(split, "questions")], read_annotations([vqa(split, "annotations")]), corpus
         ),
         both,
         SPLITS,

@@ -13,8 +13,8 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.answering.config import AnswerConfig
-from megatron_interbert.tasks.answering.prediction import Predictions, predict
+from megatron_interbert.tasks.answering.config import AnswerConfig, EvaluateAnswersConfig
+from megatron_interbert.tasks.answering.prediction import predict
 from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.samples import AnswerSamples, AnswerSet, Targets
 from megatron_interbert.tasks.answering.task import AnswerTask
@@ -38,7 +38,8 @@ class Answering:
     `soft`: a sample may have several right answers, each with a score. `images`: how many a sample
     has, and `side_by_side` whether it shows them as one; `samples` lays them out. `metrics`
     computes the task's figures in percent from records and the answers given to them; `figures` are
-    the names that are always among them, the main one first.
+    the names that are always among them, the main one first; `check` raises UsageError for records
+    of which they cannot be computed.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Answering:
     images: int = 1
     side_by_side: bool = False
     samples: type[AnswerSamples] = AnswerSamples
+    check: Callable[[Records], None] = lambda records: None
 
     @property
     def rows(self) -> int:
@@ -62,12 +64,33 @@ class Answering:
         """Return what a checkpoint keeps of the head."""
         return {"answers": list(answers.answers), "rows": self.rows}
 
-    def figures_of(
-        self, records: Records, predictions: Predictions, answers: AnswerList
-    ) -> dict[str, float]:
-        """Return the figures of predictions."""
-        given = [answers[number] for number in predictions.numbers[:, 0]]
-        return self.metrics(records.items, given)
+    def lay_out(
+        self,
+        records: Records,
+        corpus: Corpus,
+        tokenizer: CaptionTokenizer,
+        config: AnswerConfig | EvaluateAnswersConfig,
+    ) -> AnswerSamples:
+        """Return what makes batches of records."""
+        return self.samples(
+            self.name,
+            records,
+            corpus,
+            tokenizer,
+            config.max_tokens,
+            config.max_regions,
+            self.side_by_side,
+        )
+
+    def figures_of(self, records: Records, given: Sequence[str]) -> dict[str, float]:
+        """Return the figures of the answers given to records, of those whose right answers are
+        known; none if no one is.
+        """
+        known = records.known()
+        if not known:
+            return {}
+
+        return self.metrics([records.items[row] for row in known], [given[row] for row in known])
 
 
 @dataclass
@@ -108,17 +131,14 @@ def answer_job(
 ) -> Job:
     """Build the job that trains on `records`, which `files` determine, and evaluates on `valid`.
 
-    Raises UsageError if a sample has no answers, or if the head could give none of them.
+    Samples without answers are dropped and counted. Raises UsageError if none is left, or if the
+    head could give none of the answers.
     """
-    if not records.labelled:
-        raise UsageError(f"{records.files}: samples without answers cannot be trained on")
-
-    targets = Targets(records, answers)
-    say_samples(state, records, targets)
-    prepare = (opened.tokenizer, config.max_tokens, config.max_regions, task.side_by_side)
+    records = records.labelled("answer")
+    say_samples(state, records, Targets(records, answers))
 
     def make_set(records: Records) -> AnswerSet:
-        samples = task.samples(task.name, records, opened.corpus, *prepare)
+        samples = task.lay_out(records, opened.corpus, opened.tokenizer, config)
         return AnswerSet(samples, Targets(records, answers), config)
 
     data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
@@ -141,18 +161,18 @@ def answer_job(
     if valid is None:
         return job
 
-    judged, valid_corpus = valid
+    judged = valid[0].labelled("answer")
+    task.check(judged)
     job.judged_images = image_names(judged)
     if state.is_main:
         print(judged.report(), flush=True)
-    if not judged.labelled:
-        raise UsageError(f"{judged.files}: samples without answers cannot be evaluated on")
 
-    shown = task.samples(task.name, judged, valid_corpus, *prepare)
+    shown = task.lay_out(judged, valid[1], opened.tokenizer, config)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         predictions = predict(model, shown, task.soft, state, device, config.eval_batch_size)
-        found = task.figures_of(judged, predictions, answers)
+        given = [answers[number] for number in predictions.numbers[:, 0]]
+        found = task.figures_of(judged, given)
         return {name: found[name] for name in task.figures}
 
     job.evaluate = evaluate

@@ -40,6 +40,10 @@ class AnswerSamples:
         self.texts = FramedTexts([r.texts for r in records.items], tokenizer, max_tokens)
         self.max_regions = max_regions
         self.side_by_side = side_by_side
+        self.prepare()
+
+    def prepare(self) -> None:
+        """Take from the records what batches need beside texts and images; here nothing."""
 
     def __len__(self) -> int:
         return len(self.images)

@@ -52,7 +52,7 @@ def read_answers(path: str, flag: str) -> AnswerList:
     found = AnswerList(answers)
     if len(found.numbers) < len(found):
         again = next(a for n, a in enumerate(answers) if found.numbers[a] != n)
-        raise UsageError(f"{flag} {path}: '{again}' is there twice; each answer needs one number")
+        raise UsageError(f"{flag} {path}: '{again}' occurs twice; each answer needs one number")
 
     return found
 

@@ -1,6 +1,6 @@
-"""Define the grounding of phrases: the finetuning job, and recall."""
+"""Define the grounding of phrases: the finetuning job, and when a box is right."""
 
-from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 
@@ -8,8 +8,8 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.flickr30k_entities.config import EntitiesConfig
 from megatron_interbert.tasks.flickr30k_entities.samples import read_phrases
 from megatron_interbert.tasks.grounding.boxes import overlaps
+from megatron_interbert.tasks.grounding.figures import recalls
 from megatron_interbert.tasks.grounding.job import Pointing, open_run, open_valid, region_job
-from megatron_interbert.tasks.grounding.prediction import Ranked
 from megatron_interbert.tasks.grounding.records import RegionRecord
 from megatron_interbert.tasks.task import Job
 
@@ -17,27 +17,17 @@ LEAST = 0.5  # IoU that a right box must have
 FIRST = (1, 5, 10)
 
 
-def entities_metrics(
-    records: Sequence[RegionRecord], ranked: Sequence[Ranked], convention: str
-) -> dict[str, float]:
-    """Return the share of phrases with a right box among the first 1, 5 and 10, in percent."""
-    places = np.array(
-        [
-            first_right(overlaps(best.boxes, record.targets, convention).max(axis=1))
-            for record, best in zip(records, ranked, strict=True)
-        ]
-    )
-    return {f"R@{k}": 100.0 * float((places < k).mean()) for k in FIRST}
-
-
-def first_right(shares: np.ndarray) -> int:
-    """Return the place of the first box with a sufficient IoU; beyond all if there is none."""
-    right = np.flatnonzero(shares >= LEAST)
-    return int(right[0]) if len(right) else max(FIRST)
+def is_right(record: RegionRecord, boxes: np.ndarray, convention: str) -> np.ndarray:
+    """Return whether boxes [n, 4] have an IoU of 0.5 or more with a box of the phrase, bool [n]."""
+    return overlaps(boxes, record.targets, convention).max(axis=1) >= LEAST
 
 
 ENTITIES = Pointing(
-    "flickr30k_entities", entities_metrics, tuple(f"R@{k}" for k in FIRST), most=max(FIRST)
+    "flickr30k_entities",
+    is_right,
+    partial(recalls, FIRST),
+    tuple(f"R@{k}" for k in FIRST),
+    most=max(FIRST),
 )
 
 

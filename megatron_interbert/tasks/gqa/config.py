@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from megatron_interbert.config.options import FREE, ONE_TEXT, option, redefault, setting
+from megatron_interbert.config.options import FREE, ONE_TEXT, SAME, option, redefault, setting
 from megatron_interbert.tasks.answering.config import (
     AnswerConfig,
     EvaluateAnswersConfig,
@@ -21,7 +21,7 @@ class GqaConfig(AnswerConfig):
 
     questions: str = files("train_balanced_questions.json of GQA, several comma-separated")
     valid_questions: str = files("questions to evaluate on; default: no evaluation")
-    balanced: bool = setting(False, BALANCED, FREE)
+    balanced: bool = setting(False, BALANCED, SAME)
     answers: str = setting(
         "",
         "JSON of the answers to choose from (LXMERT's trainval_label2ans.json); default: all of"

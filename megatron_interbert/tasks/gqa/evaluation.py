@@ -12,7 +12,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.answering.evaluation import evaluate_answers
 from megatron_interbert.tasks.gqa.config import EvaluateGqaConfig
 from megatron_interbert.tasks.gqa.job import GQA, submission
-from megatron_interbert.tasks.gqa.metrics import gqa_metrics
+from megatron_interbert.tasks.gqa.metrics import check_questions, gqa_metrics
 from megatron_interbert.tasks.gqa.samples import read_choices, read_questions
 from megatron_interbert.tasks.results import Published
 
@@ -33,15 +33,17 @@ def evaluate_gqa(
     """
     if config.balanced and config.consistency:
         raise UsageError(
-            "--consistency needs the questions that --balanced leaves out; give one of them"
+            "--consistency and --balanced exclude each other: consistency needs the questions that"
+            " --balanced leaves out"
         )
 
     questions = split_paths(config.questions)
     choices = read_choices(config.choices) if config.choices else None
-    metrics = partial(gqa_metrics, choices=choices, consistency=config.consistency)
+    how = {"choices": choices, "consistency": config.consistency}
+    task = replace(GQA, metrics=partial(gqa_metrics, **how), check=partial(check_questions, **how))
 
     return evaluate_answers(
-        replace(GQA, metrics=metrics),
+        task,
         config,
         state,
         device,

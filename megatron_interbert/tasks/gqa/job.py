@@ -14,12 +14,14 @@ from megatron_interbert.tasks.answering.vocabulary import (
     read_answers,
 )
 from megatron_interbert.tasks.gqa.config import GqaConfig
-from megatron_interbert.tasks.gqa.metrics import gqa_metrics
+from megatron_interbert.tasks.gqa.metrics import check_questions, gqa_metrics
 from megatron_interbert.tasks.gqa.samples import read_questions
 from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
 
-GQA = Answering("gqa", gqa_metrics, ("accuracy", "binary", "open"), soft=True)
+GQA = Answering(
+    "gqa", gqa_metrics, ("accuracy", "binary", "open"), soft=True, check=check_questions
+)
 
 
 def gqa_job(config: GqaConfig, state: ParallelState) -> Job:

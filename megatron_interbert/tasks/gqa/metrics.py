@@ -3,12 +3,13 @@ over a grid.
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.answering.records import Record
+from megatron_interbert.tasks.placing import Records
 
 Choices = Mapping[str, tuple[frozenset[str], frozenset[str]]]
 COMMON = frozenset({"color", "material", "shape"})  # choices of what two things have in common
@@ -18,6 +19,39 @@ BREAKDOWNS: dict[str, Callable[[Record], object]] = {
     "steps": lambda record: record.facts.steps,
     "words": lambda record: record.facts.words,
 }
+
+
+def check_questions(
+    records: Records, choices: Choices | None = None, consistency: bool = False
+) -> None:
+    """Raise UsageError if the metrics of questions cannot be computed: none is balanced, one has no
+    entry in `choices` or, for consistency, entails a question that is not there.
+    """
+    balanced = balanced_of(records.items)
+    if not balanced:
+        raise UsageError(
+            f"{records.files}: none of the questions is balanced, and GQA's metrics are over those"
+        )
+
+    for record in balanced if choices is not None else ():
+        if not is_common(record) and record.id not in choices:
+            raise UsageError(
+                f"--choices has no entry for question {record.id}; give that of its split"
+            )
+
+    there = {record.id for record in records.items}
+    for record in balanced if consistency else ():
+        missing = next((other for other in record.facts.entailed if other not in there), None)
+        if missing is not None:
+            raise UsageError(
+                f"--consistency: question {record.id} entails {missing}, which is not among the"
+                " questions; give the files of all questions"
+            )
+
+
+def balanced_of(records: Sequence[Record]) -> list[Record]:
+    """Return the balanced ones of questions."""
+    return [record for record in records if record.facts.balanced]
 
 
 def gqa_metrics(
@@ -30,14 +64,11 @@ def gqa_metrics(
     (`distribution`, lower is better) as it is.
 
     Validity and plausibility need `choices`; consistency needs answers to all questions that
-    balanced ones entail.
+    balanced ones entail; see `check_questions`.
     """
     answers = {record.id: answer for record, answer in zip(records, given, strict=True)}
     right = {record.id: answers[record.id] in record.answers for record in records}
-    balanced = [record for record in records if record.facts.balanced]
-    if not balanced:
-        raise UsageError("none of the questions is balanced, and GQA's metrics are over those")
-
+    balanced = balanced_of(records)
     is_open = [record for record in balanced if record.facts.structural == "query"]
     binary = [record for record in balanced if record.facts.structural != "query"]
     found = {
@@ -67,39 +98,31 @@ def gqa_metrics(
     return found
 
 
-def share(values: object) -> float:
+def share(values: Iterable[bool]) -> float:
     """Return the share of true values in percent; 0 if there are none."""
     listed = list(values)
     return 100.0 * float(np.mean(listed)) if listed else 0.0
 
 
+def is_common(record: Record) -> bool:
+    """Return whether a question asks what two things have in common."""
+    return "Common" in record.facts.detailed
+
+
 def allowed(record: Record, choices: Choices) -> tuple[frozenset[str], frozenset[str]]:
     """Return the valid and the plausible answers to a question."""
-    if "Common" in record.facts.detailed:
-        return COMMON, COMMON
-    if record.id not in choices:
-        raise UsageError(f"--choices has no entry for question {record.id}; give that of its split")
-
-    return choices[record.id]
+    return (COMMON, COMMON) if is_common(record) else choices[record.id]
 
 
 def consistency_of(balanced: Sequence[Record], right: Mapping[str, bool]) -> float:
     """Return, over the questions answered rightly that entail others, the mean share of these that
     are answered rightly too, in percent.
     """
-    shares = []
-    for record in balanced:
-        if not right[record.id] or not record.facts.entailed:
-            continue
-
-        missing = next((other for other in record.facts.entailed if other not in right), None)
-        if missing is not None:
-            raise UsageError(
-                f"--consistency: question {record.id} entails {missing}, which is not among the"
-                " questions; give the files of all questions"
-            )
-
-        shares.append(np.mean([right[other] for other in record.facts.entailed]))
+    shares = [
+        np.mean([right[other] for other in record.facts.entailed])
+        for record in balanced
+        if right[record.id] and record.facts.entailed
+    ]
 
     return 100.0 * float(np.mean(shares)) if shares else 0.0
 

@@ -9,9 +9,11 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json
 from megatron_interbert.tasks.answering.records import Record, place_in
 from megatron_interbert.tasks.placing import Records, Rejected
-from megatron_interbert.tasks.records import check_entry
+from megatron_interbert.tasks.records import check_entry, check_optional
 
 KEYS = {"imageId": (str, int), "question": str}
+OPTIONAL = {"answer": str, "types": dict, "groups": dict, "entailed": list}
+GROUPS = {"global": str}
 UNUSED = ("annotations", "semanticStr", "fullAnswer", "equivalent")
 NO_STEPS = ("exist", "query: name", "choose name")  # operations that count as no step
 
@@ -60,7 +62,10 @@ def entries_of(path: str) -> list[tuple[str, dict[str, Any]]]:
     """Return (id, question) of a file."""
     document = read_json(path, "--questions", keep=smaller)
     for number, entry in document.items():
-        check_entry(entry, KEYS, f"{path}: question {number}")
+        where = f"{path}: question {number}"
+        check_entry(entry, KEYS, where)
+        check_optional(entry, OPTIONAL, where)
+        check_optional(entry.get("groups") or {}, GROUPS, f"{where}: groups")
 
     return list(document.items())
 
@@ -110,7 +115,7 @@ def record_of(number: str, entry: dict[str, Any]) -> Record | Rejected:
         bool(entry.get("isBalanced", True)),
     )
     answer = entry.get("answer")
-    answers = {answer: 1.0} if isinstance(answer, str) else {}
+    answers = {} if answer is None else {answer: 1.0}
 
     return Record(number, (text,), (str(entry["imageId"]),), answers, facts)
 
@@ -119,7 +124,11 @@ def read_choices(path: str) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
     """Read the answers that are valid, and those that are plausible, for each question."""
     found = {}
     for number, entry in read_json(path, "--choices").items():
-        check_entry(entry, {"valid": list, "plausible": list}, f"{path}: question {number}")
-        found[number] = frozenset(entry["valid"]), frozenset(entry["plausible"])
+        where = f"{path}: question {number}"
+        check_entry(entry, {"valid": list, "plausible": list}, where)
+        lists = entry["valid"], entry["plausible"]
+        if not all(isinstance(answer, str) for answers in lists for answer in answers):
+            raise UsageError(f"{where}: a choice is no text")
+        found[number] = frozenset(lists[0]), frozenset(lists[1])
 
     return found

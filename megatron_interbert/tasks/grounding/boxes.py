@@ -4,9 +4,13 @@
 counts both of its borders, x2 - x1 + 1, as VOLTA and 12-in-1 do.
 """
 
+import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+from megatron_interbert.errors import UsageError
 
 CONVENTIONS = ("plain", "inclusive")
 
@@ -37,6 +41,17 @@ def corners(box: Sequence[float]) -> np.ndarray:
     return np.array([x, y, x + width, y + height], np.float32)
 
 
+def corners_of(bbox: Sequence[Any], where: str) -> np.ndarray:
+    """Return an entry's 'bbox' as x1 y1 x2 y2, float32 [4]; raises UsageError that says where it
+    is, if it is not four numbers.
+    """
+    numbers = [value for value in bbox if type(value) in (int, float)]
+    if len(numbers) != 4 or len(bbox) != 4:
+        raise UsageError(f"{where}: 'bbox' is {json.dumps(bbox)[:60]}, expected four numbers")
+
+    return corners(numbers)
+
+
 def problem_of(boxes: np.ndarray, size: tuple[float, float]) -> str:
     """Return what is wrong with boxes [n, 4] in an image of a size (w, h), or an empty string: each
     must have an area and lie in the image, at least in part.
@@ -47,6 +62,9 @@ def problem_of(boxes: np.ndarray, size: tuple[float, float]) -> str:
         return "a box has no area"
 
     width, height = size
+    if not (width > 0 and height > 0):
+        return "the picture has no size"
+
     outside = (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
     if (outside | (boxes[:, 2] <= 0) | (boxes[:, 3] <= 0)).any():
         return "a box lies outside the image"

@@ -2,13 +2,12 @@
 
 import json
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from megatron_interbert.data.manifest import MANIFEST
-from megatron_interbert.files import write_text
+from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.pages.photo_folder import photos_in
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
@@ -20,22 +19,20 @@ from megatron_interbert.tasks.grounding.job import (
     samples_by_way,
     stores_of,
 )
-from megatron_interbert.tasks.grounding.page import result_page
+from megatron_interbert.tasks.grounding.page import SHOWN_BOXES, result_page
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
-from megatron_interbert.tasks.kept_heads import kept_head
+from megatron_interbert.tasks.grounding.samples import RegionSamples
+from megatron_interbert.tasks.kept_heads import load_with_head
 from megatron_interbert.tasks.loading import (
     agree_on_inputs,
     as_trained,
     check_photos,
-    load_model,
     open_for,
 )
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.placing import Records
-from megatron_interbert.tasks.results import Published, result_of, table, write_result
+from megatron_interbert.tasks.results import Output, Published, result_of, write_outputs
 from megatron_interbert.tasks.two_stores import TwoStores
-
-LEAST_SHOWN = 3  # best regions of a sample on the page
 
 # Reads the official files of an evaluation: images -> samples.
 Read = Callable[[TwoStores], Records]
@@ -56,17 +53,7 @@ def evaluate_regions(
     `files` determine the samples that `read` returns. All ranks of a launch must call it.
     """
     check_photos(config.image_folder, state)
-    model, source = load_model(
-        config.load,
-        (),
-        config.kernels,
-        device,
-        state,
-        config.averaged,
-        config.precision,
-        task_heads={task.name: HEAD},
-        options_of=lambda source: kept_head(task.name, source) and {},
-    )
+    model, source = load_with_head(task.name, lambda kept: HEAD, config, state, device)
     as_trained(config, source, task.name)
     stores = open_two(config.annotated_path, config.data_path, config, config.max_regions)
     corpus, tokenizer = open_for(config, source, stores_of(config)[:1])
@@ -78,45 +65,69 @@ def evaluate_regions(
         print(records.report(), flush=True)
 
     ways = samples_by_way(task, records, stores, tokenizer, config.max_tokens)
-    metrics: dict[str, float] = {}
-    ranked: dict[str, list[Ranked]] = {}
-    total = len(records) * len(ways)
-
-    with progress(total=total, unit="sample", desc="pointing", shown=state.is_main) as bar:
-        for end, samples in ways.items():
-            ranked[end] = rank_regions(
-                *(model, samples, state, device, config.batch_size, max(task.most, LEAST_SHOWN)),
-                progress=lambda count: bar.update(count * state.data_size),
-            )
-            if records.labelled:
-                found = task.metrics(records.items, ranked[end], config.iou)
-                metrics |= {f"{name}{end}": value for name, value in found.items()}
-
+    ranked = rank_all(model, ways, task, config, state, device)
+    metrics = {
+        f"{name}{end}": value
+        for end, best in ranked.items()
+        for name, value in task.figures_of(records, best, config.iou).items()
+    }
     more = {
         "samples": len(records),
         "dropped": dict(records.drops.counts),
         "iou_convention": config.iou,
     }
-    data = [*map(str, manifests[1:]), *files]
+    data = [*files, *map(str, manifests[1:])]
     result = result_of(config, "finetuned", metrics, source, corpus, data, published, **more)
-    if state.is_main:
-        write_result(folder, result)
-        print(table(result) if metrics else "the files have no boxes: no metrics computed")
-        print(f"result: {folder / 'result.json'}")
-        if config.submission:
-            write_chosen(folder, records, ranked)
-        if config.examples:  # last, because photos may turn out to be unreadable
-            photos = photos_in(config.image_folder)
-            best = next(iter(ranked.values()))
-            page = result_page(result, records, best, stores, config.examples, config.iou, photos)
-            write_text(folder / "result.html", page)
-            print(f"page:   {folder / 'result.html'}")
+    if not state.is_main:
+        return result
+
+    def page() -> str:
+        way = next(iter(ranked))
+        photos = photos_in(config.image_folder)
+        return result_page(result, task, records, way, ranked[way], stores, config, photos)
+
+    outputs = []
+    if config.submission:
+        outputs.append(
+            Output("predictions.jsonl", lambda: chosen_lines(records, ranked), "predictions")
+        )
+    if config.examples:  # last, because photos may turn out to be unreadable
+        outputs.append(Output("result.html", page, "page"))
+
+    write_outputs(folder, result, records.unlabelled("box"), outputs)
 
     return result
 
 
-def write_chosen(folder: Path, records: Records, ranked: dict[str, list[Ranked]]) -> None:
-    """Write the best box of each sample, in pixels x1 y1 x2 y2, as JSON lines."""
+def rank_all(
+    model: InterBert,
+    ways: dict[str, RegionSamples],
+    task: Pointing,
+    config: EvaluateRegionsConfig,
+    state: ParallelState,
+    device: torch.device,
+) -> dict[str, list[Ranked]]:
+    """Rank the regions of all samples in each way, and show the progress."""
+    total = sum(map(len, ways.values()))
+    most = max(task.most, SHOWN_BOXES)
+
+    with progress(total=total, unit="sample", desc="pointing", shown=state.is_main) as bar:
+        return {
+            end: rank_regions(
+                model,
+                samples,
+                state,
+                device,
+                config.batch_size,
+                most,
+                progress=lambda count: bar.update(count * state.data_size),
+            )
+            for end, samples in ways.items()
+        }
+
+
+def chosen_lines(records: Records, ranked: dict[str, list[Ranked]]) -> str:
+    """Return the best box of each sample, in pixels x1 y1 x2 y2, as JSON lines."""
     lines = []
     for row, record in enumerate(records.items):
         boxes = {
@@ -125,5 +136,4 @@ def write_chosen(folder: Path, records: Records, ranked: dict[str, list[Ranked]]
         }
         lines.append(json.dumps({"id": record.id, **boxes}) + "\n")
 
-    write_text(folder / "predictions.jsonl", "".join(lines))
-    print(f"predictions: {folder / 'predictions.jsonl'}")
+    return "".join(lines)

@@ -4,13 +4,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.stores import split_paths
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import UsageError
 from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
@@ -18,13 +18,7 @@ from megatron_interbert.tasks.config import LoadConfig
 from megatron_interbert.tasks.grounding.config import EvaluateRegionsConfig, RegionConfig
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord
-from megatron_interbert.tasks.grounding.samples import (
-    ALL,
-    ANNOTATED,
-    DETECTED,
-    RegionSamples,
-    RegionSet,
-)
+from megatron_interbert.tasks.grounding.samples import RegionSamples, RegionSet
 from megatron_interbert.tasks.grounding.task import RegionTask
 from megatron_interbert.tasks.parts import (
     describe_data,
@@ -36,8 +30,10 @@ from megatron_interbert.tasks.placing import Records, image_names, leave_out
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.two_stores import TwoStores
 
-# Computes figures in percent: (records, the best regions of each, convention of IoU).
-Metrics = Callable[[Sequence[RegionRecord], Sequence[Ranked], str], dict[str, float]]
+# Tells whether boxes [n, 4] are right for a sample, bool [n], under a convention of IoU.
+IsRight = Callable[[RegionRecord, np.ndarray, str], np.ndarray]
+# Computes figures in percent from whether the best regions of each sample are right, best first.
+Metrics = Callable[[Sequence[np.ndarray]], dict[str, float]]
 HEAD = TaskHead("regions")
 
 
@@ -45,31 +41,40 @@ HEAD = TaskHead("regions")
 class Pointing:
     """Describe a task that points at regions.
 
-    `metrics` computes its figures from the `most` best regions; `figures` are their names, the main
-    one first. `among` is which regions a sample may choose: None for each kind of region that there
-    is, which is then reported apart (`_gt` for annotated boxes, `_det` for detected ones).
+    `is_right` judges a region, `metrics` computes the task's figures from the `most` best ones;
+    `figures` are their names, the main one first. With `apart` annotated and detected boxes are
+    evaluated one after another, each as if there were no others, and reported by `_gt` and `_det`.
     """
 
     name: str
+    is_right: IsRight
     metrics: Metrics
     figures: tuple[str, ...] = ("accuracy",)
     most: int = 1
-    among: str | None = None
+    apart: bool = True
 
-    def ways(self, stores: TwoStores) -> dict[str, str]:
-        """Return the regions to choose among in evaluations, by what their figures' names end
-        with.
+    def ways(self, stores: TwoStores) -> dict[str, TwoStores]:
+        """Return the stores to evaluate on, by what their figures' names end with."""
+        if not self.apart:
+            return {"": stores}
+
+        alone = {
+            "_gt": stores.only_annotated(),
+            "_det": stores.only_detected(),
+        }
+        return {end: some for end, some in alone.items() if some is not None}
+
+    def figures_of(
+        self, records: Records, ranked: Sequence[Ranked], convention: str
+    ) -> dict[str, float]:
+        """Return the figures of the best regions of records, of those whose right boxes are known;
+        none if no one's are.
         """
-        if self.among is not None:
-            return {"": self.among}
-
-        ways = {}
-        if stores.annotated is not None:
-            ways["_gt"] = ANNOTATED
-        if stores.detected is not None:
-            ways["_det"] = DETECTED
-
-        return ways
+        rights = [
+            self.is_right(records.items[row], ranked[row].boxes[: self.most], convention)
+            for row in records.known()
+        ]
+        return self.metrics(rights) if rights else {}
 
     def names(self, stores: TwoStores) -> tuple[str, ...]:
         """Return the names of all figures of an evaluation on some stores, the main one first."""
@@ -134,27 +139,23 @@ def region_job(
 ) -> Job:
     """Build the job that trains on `records`, which `files` determine, and evaluates on `valid`.
 
-    Raises UsageError if a sample has no right box.
+    Samples without a right box are dropped and counted; raises UsageError if none is left.
     """
-    if not records.labelled:
-        raise UsageError(f"{records.files}: samples without boxes cannot be trained on")
+    records = records.labelled("box")
     if state.is_main:
         print(records.report(), flush=True)
 
     stores = opened.stores
-    among = task.among or ALL
 
     def make_set(records: Records) -> RegionSet:
-        tokenizer = opened.tokenizer
-        samples = RegionSamples(task.name, records, stores, tokenizer, config.max_tokens, among)
+        samples = RegionSamples(task.name, records, stores, opened.tokenizer, config.max_tokens)
         return RegionSet(samples, records, config, config.iou)
 
     others = [str(s.path / MANIFEST) for corpus in stores.corpora[1:] for s in corpus.stores]
     data = describe_data(opened.tokenizer, stores.corpora[0], [*others, *files], task.name)
     settings = {"max_tokens": config.max_tokens, "max_regions": config.max_regions}
-    data["task_heads"] = {task.name: {"regions": among, "settings": settings}}
-    judged = valid[1] if valid else stores
-    figures = task.names(judged)
+    data["task_heads"] = {task.name: {"settings": settings}}
+    figures = task.names(valid[1] if valid else stores)
 
     job = Job(
         RegionTask(task.name, config.loss),
@@ -172,19 +173,18 @@ def region_job(
     if valid is None:
         return job
 
-    job.judged_images = image_names(valid[0])
+    judged = valid[0].labelled("box")
+    job.judged_images = image_names(judged)
     if state.is_main:
-        print(valid[0].report(), flush=True)
-    if not valid[0].labelled:
-        raise UsageError(f"{valid[0].files}: samples without boxes cannot be evaluated on")
+        print(judged.report(), flush=True)
 
-    ways = samples_by_way(task, *valid, opened.tokenizer, config.max_tokens)
+    ways = samples_by_way(task, judged, valid[1], opened.tokenizer, config.max_tokens)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         found: dict[str, float] = {}
         for end, shown in ways.items():
             ranked = rank_regions(model, shown, state, device, config.eval_batch_size, task.most)
-            some = task.metrics(valid[0].items, ranked, config.iou)
+            some = task.figures_of(judged, ranked, config.iou)
             found |= {f"{name}{end}": some[name] for name in task.figures}
         return found
 
@@ -202,8 +202,14 @@ def samples_by_way(
 ) -> dict[str, RegionSamples]:
     """Return the samples of an evaluation for each way in which regions may be chosen."""
     return {
-        end: RegionSamples(task.name, records, stores, tokenizer, max_tokens, among)
-        for end, among in task.ways(stores).items()
+        end: RegionSamples(
+            task.name,
+            records.with_images(some.columns_of(records.images, stores)),
+            some,
+            tokenizer,
+            max_tokens,
+        )
+        for end, some in task.ways(stores).items()
     }
 
 

@@ -17,7 +17,6 @@ from megatron_interbert.tasks.texts import FramedTexts
 from megatron_interbert.tasks.two_stores import TwoStores
 
 RIGHT = 0.5  # IoU from which a region is trained to be right
-ALL, ANNOTATED, DETECTED = "all", "annotated", "detected"
 
 
 @dataclass(frozen=True)
@@ -34,8 +33,8 @@ class Shown:
 class RegionSamples:
     """Hold n samples of one task, tokenised, whose batches are for the head `head`.
 
-    `among` says which regions may be chosen: all, those of annotated boxes, or a detector's. A
-    sample with `choices` may choose only the regions that are these.
+    A sample with `choices` may choose only the regions that are nearest to these; all regions if
+    none overlaps a choice, and then no choice is right.
     """
 
     def __init__(
@@ -45,11 +44,9 @@ class RegionSamples:
         stores: TwoStores,
         tokenizer: CaptionTokenizer,
         max_tokens: int,
-        among: str = ALL,
     ) -> None:
         self.head = head
         self.stores = stores
-        self.among = among
         self.images = records.images
         self.sizes = np.array([record.size for record in records.items], np.float64)
         self.choices = [record.choices for record in records.items]
@@ -68,10 +65,10 @@ class RegionSamples:
         """Return the fields of a PackedBatch for some samples [B], without scores, and the regions
         to choose among.
         """
-        regions, annotated = self.stores.read(self.images[rows])
+        regions = self.stores.read(self.images[rows])
         dim = self.stores.feature_dim
         fields = pair_fields(self.texts.inputs(rows), regions, np.arange(len(rows)), dim, allocate)
-        shown = self.choosable(rows, regions, annotated)
+        shown = self.choosable(rows, regions)
         counts = np.bincount(shown.owner, minlength=len(rows))
         first = (np.cumsum(counts) - counts)[shown.owner]
 
@@ -84,24 +81,35 @@ class RegionSamples:
             "max_candidates": int(counts.max()),
         }, shown
 
-    def choosable(self, rows: Sequence[int], regions: RegionBatch, annotated: np.ndarray) -> Shown:
+    def choosable(self, rows: Sequence[int], regions: RegionBatch) -> Shown:
         """Return the regions that samples [B] may choose."""
         owner = np.repeat(np.arange(len(rows)), regions.counts)
         boxes = regions.boxes * np.tile(self.sizes[rows], 2)[owner]
         allowed = np.ones(len(owner), bool)
-        if self.among != ALL:
-            allowed = annotated == (self.among == ANNOTATED)
 
         for place, row in enumerate(rows):
             if self.choices[row] is not None:
-                own = np.flatnonzero((owner == place) & allowed)
-                nearest = overlaps(boxes[own], self.choices[row]).argmax(axis=0)
-                allowed[own] = False
-                allowed[own[nearest]] = True
+                own = owner == place
+                allowed[own] = nearest_to(self.choices[row], boxes[own])
 
         chosen = np.flatnonzero(allowed)
 
         return Shown(chosen, owner[chosen], boxes[chosen])
+
+
+def nearest_to(choices: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """Return which boxes [n, 4] are the nearest to one of the choices [c, 4], bool [n]; all if none
+    overlaps a choice.
+    """
+    shared = overlaps(boxes, choices)
+    met = shared.max(axis=0) > 0
+    if not met.any():
+        return np.ones(len(boxes), bool)
+
+    found = np.zeros(len(boxes), bool)
+    found[shared.argmax(axis=0)[met]] = True
+
+    return found
 
 
 class RegionSet:

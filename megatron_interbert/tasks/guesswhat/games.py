@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +12,13 @@ import numpy as np
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_regular, reading
-from megatron_interbert.tasks.grounding.boxes import corners
+from megatron_interbert.tasks.grounding.boxes import corners_of
 from megatron_interbert.tasks.records import check_entry, parse_records
 
 ANSWERS = ("Yes", "No", "N/A")
 FINISHED = ("success", "failure")  # games that came to a guess
-# of the data set's first form, which VOLTA reads
-OTHER_NAMES = {"dialogue_id": "id", "image": "picture", "questioner_id": "worker"}
+# `dialogue_id` is the name in the published files, `image` that in the form which VOLTA reads
+OTHER_NAMES = {"dialogue_id": "id", "image": "picture"}
 TURN_NAMES = {"question_id": "id", "question": "q", "answer": "a"}
 KEYS = {"id": (int, str), "object_id": (int, str), "picture": dict, "qas": list}
 
@@ -71,7 +72,7 @@ def text_of(path: str) -> str:
     except OSError as error:
         reason = error.strerror or str(error)
         raise UsageError(f"--games: cannot read {path} ({reason})") from error
-    except (EOFError, UnicodeDecodeError, gzip.zlib.error) as error:
+    except (EOFError, UnicodeDecodeError, zlib.error) as error:
         raise UsageError(f"--games {path}: damaged, or not UTF-8 text ({error})") from error
 
 
@@ -79,16 +80,21 @@ def game_of(entry: dict[str, Any], where: str) -> Game:
     """Return a game from its record."""
     picture = entry["picture"]
     check_entry(picture, {"width": (int, float), "height": (int, float)}, f"{where}: picture")
+    name = picture.get("file_name") or picture.get("id")
+    if not isinstance(name, str | int):
+        raise UsageError(f"{where}: picture has no 'file_name' and no 'id'")
+
     objects = objects_of(entry.get("objects"), where)
+    boxes = [corners_of(some["bbox"], f"{where}: object {some['id']}") for some in objects]
     numbers = [str(found["id"]) for found in objects]
     if str(entry["object_id"]) not in numbers:
         raise UsageError(f"{where}: object {entry['object_id']} is not among its objects")
 
     return Game(
         str(entry["id"]),
-        str(picture.get("file_name") or picture.get("id")),
+        str(name),
         (float(picture["width"]), float(picture["height"])),
-        np.stack([corners(found["bbox"]) for found in objects]),
+        np.stack(boxes),
         tuple(str(found["category"]) for found in objects),
         numbers.index(str(entry["object_id"])),
         tuple(turn_of(turn, where) for turn in entry["qas"]),
@@ -104,9 +110,6 @@ def objects_of(objects: Any, where: str) -> list[dict[str, Any]]:
 
     for found in listed:
         check_entry(found, {"id": (int, str), "bbox": list, "category": str}, f"{where}: object")
-        numbers = [value for value in found["bbox"] if isinstance(value, int | float)]
-        if len(numbers) != 4 or len(found["bbox"]) != 4:
-            raise UsageError(f"{where}: object {found['id']}: 'bbox' is not four numbers")
 
     return listed
 

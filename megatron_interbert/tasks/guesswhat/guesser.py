@@ -3,40 +3,23 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
 from megatron_interbert.config.stores import split_paths
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.grounding.boxes import overlaps
 from megatron_interbert.tasks.grounding.evaluation import evaluate_regions
+from megatron_interbert.tasks.grounding.figures import accuracy_and_error, is_nearest
 from megatron_interbert.tasks.grounding.job import Pointing, open_run, open_valid, region_job
-from megatron_interbert.tasks.grounding.prediction import Ranked
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
-from megatron_interbert.tasks.grounding.samples import ALL
 from megatron_interbert.tasks.guesswhat.config import EvaluateGuesserConfig, GuesserConfig
 from megatron_interbert.tasks.guesswhat.games import Game, read_games
 from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.two_stores import TwoStores
 
-
-def guesser_metrics(
-    records: Sequence[RegionRecord], ranked: Sequence[Ranked], convention: str
-) -> dict[str, float]:
-    """Return the share of games whose best region is nearer to the right object than to the others,
-    and the share of the others (error), in percent.
-    """
-    right = [
-        overlaps(best.boxes[:1], record.choices, convention)[0].argmax() == record.facts
-        for record, best in zip(records, ranked, strict=True)
-    ]
-    accuracy = 100.0 * float(np.mean(right))
-
-    return {"accuracy": accuracy, "error": 100.0 - accuracy}
-
-
-GUESSER = Pointing("guesswhat_guesser", guesser_metrics, ("accuracy", "error"), among=ALL)
+GUESSER = Pointing(
+    "guesswhat_guesser", is_nearest, accuracy_and_error, ("accuracy", "error"), apart=False
+)
 
 
 def read_dialogues(paths: Sequence[str], stores: TwoStores, whole: bool = False) -> Records:

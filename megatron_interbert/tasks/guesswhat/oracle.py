@@ -2,7 +2,8 @@
 
 A sample shows the scene and, beside it, the object alone, in the place that it has in the scene: so
 the model knows which object is meant. Of the regions that a store has for the picture the object is
-the one with the best IoU. The text is the question and the object's kind.
+the one with the best IoU or, where none overlaps it, with the nearest centre; give the store of the
+annotated boxes. The text is the question and the object's kind.
 """
 
 import json
@@ -16,7 +17,6 @@ import torch
 from megatron_interbert.config.stores import split_paths
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.region_batch import Allocate, RegionBatch, plain_memory, read_regions
-from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.answering.evaluation import evaluate_answers
@@ -24,7 +24,7 @@ from megatron_interbert.tasks.answering.job import Answering, answer_job, open_r
 from megatron_interbert.tasks.answering.records import Record, place_in
 from megatron_interbert.tasks.answering.samples import AnswerSamples
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
-from megatron_interbert.tasks.grounding.boxes import overlaps
+from megatron_interbert.tasks.grounding.boxes import overlaps, problem_of
 from megatron_interbert.tasks.guesswhat.config import EvaluateOracleConfig, OracleConfig
 from megatron_interbert.tasks.guesswhat.games import ANSWERS, Game, read_games
 from megatron_interbert.tasks.pairs import pair_fields
@@ -33,7 +33,7 @@ from megatron_interbert.tasks.task import Job
 
 
 @dataclass(frozen=True, slots=True)
-class Object:
+class ObjectBox:
     """Hold the box of a question's object, x1 y1 x2 y2 as shares of the picture."""
 
     box: np.ndarray
@@ -42,18 +42,9 @@ class Object:
 class OracleSamples(AnswerSamples):
     """Hold questions about objects; see the module's text."""
 
-    def __init__(
-        self,
-        head: str,
-        records: Records,
-        corpus: Corpus,
-        tokenizer: CaptionTokenizer,
-        max_tokens: int,
-        max_regions: int,
-        side_by_side: bool = False,
-    ) -> None:
-        super().__init__(head, records, corpus, tokenizer, max_tokens, max_regions, side_by_side)
-        self.boxes = np.stack([record.facts.box for record in records.items])
+    def prepare(self) -> None:
+        """Take the box of each question's object from the records."""
+        self.boxes = np.stack([record.facts.box for record in self.records.items])
 
     @property
     def most_regions(self) -> int:
@@ -82,7 +73,7 @@ def with_object_beside(regions: RegionBatch, boxes: np.ndarray) -> RegionBatch:
     is_object: list[bool] = []
 
     for image, (start, stop) in enumerate(zip(regions.offsets, regions.offsets[1:], strict=False)):
-        nearest = start + int(overlaps(shares[start:stop], boxes[image][None])[:, 0].argmax())
+        nearest = start + nearest_region(shares[start:stop], boxes[image])
         order += [*range(start, stop), nearest]
         is_object += [False] * (stop - start) + [True]
 
@@ -100,6 +91,19 @@ def with_object_beside(regions: RegionBatch, boxes: np.ndarray) -> RegionBatch:
     )
 
 
+def nearest_region(regions: np.ndarray, box: np.ndarray) -> int:
+    """Return which of regions [n, 4] has the best IoU with a box [4] or, if none overlaps it, the
+    nearest centre.
+    """
+    shared = overlaps(regions, box[None])[:, 0]
+    if shared.max() > 0:
+        return int(shared.argmax())
+
+    away = (regions[:, :2] + regions[:, 2:]) - (box[:2] + box[2:])
+
+    return int((away**2).sum(axis=1).argmin())
+
+
 def oracle_metrics(records: Sequence[Record], given: Sequence[str]) -> dict[str, float]:
     """Return the accuracy and the error of the answers, in percent."""
     right = [answer in record.answers for record, answer in zip(records, given, strict=True)]
@@ -114,8 +118,8 @@ ORACLE = Answering("guesswhat_oracle", oracle_metrics, ("accuracy", "error"), sa
 def read_turns(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Records:
     """Read the questions of games, each with its object.
 
-    Questions without text, of games that came to no guess or without an image in the corpus are
-    dropped and counted; if `whole`, that raises UsageError.
+    Questions without text, of games that came to no guess, about a bad box or without an image in
+    the corpus are dropped and counted; if `whole`, that raises UsageError.
     """
     records = [record for game in read_games(paths) for record in turns_of(game)]
     return place_in(corpus, ", ".join(paths), records, whole)
@@ -123,16 +127,20 @@ def read_turns(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Rec
 
 def turns_of(game: Game) -> Iterator[Record | Rejected]:
     """Yield the questions of a game as records, or (id, reason) of those that cannot be used."""
-    box = game.boxes[game.target] / np.array([*game.size, *game.size], np.float32)
+    target = game.boxes[game.target]
+    problem = problem_of(target[None], game.size)
 
     for turn in game.turns:
         if not game.is_finished:
             yield turn.id, "the game came to no guess"
         elif not turn.question:
             yield turn.id, "the question has no text"
+        elif problem:
+            yield turn.id, problem
         else:
+            box = ObjectBox(target / np.array([*game.size, *game.size], np.float32))
             texts = (turn.question, game.kinds[game.target])
-            yield Record(turn.id, texts, (game.image,), {turn.answer: 1.0}, Object(box))
+            yield Record(turn.id, texts, (game.image,), {turn.answer: 1.0}, box)
 
 
 def oracle_job(config: OracleConfig, state: ParallelState) -> Job:

@@ -1,33 +1,25 @@
-"""Define referring expressions: the finetuning job, and the share of right boxes."""
-
-from collections.abc import Sequence
+"""Define referring expressions: the finetuning job, and when a box is right."""
 
 import numpy as np
 
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.grounding.boxes import overlaps
+from megatron_interbert.tasks.grounding.figures import accuracy
 from megatron_interbert.tasks.grounding.job import Pointing, open_run, open_valid, region_job
-from megatron_interbert.tasks.grounding.prediction import Ranked
 from megatron_interbert.tasks.grounding.records import RegionRecord
 from megatron_interbert.tasks.refcoco.config import RefcocoConfig
 from megatron_interbert.tasks.refcoco.refs import read_expressions
 from megatron_interbert.tasks.task import Job
 
-LEAST = 0.5  # IoU that the chosen box must exceed
+LEAST = 0.5  # IoU that a right box must exceed
 
 
-def refcoco_metrics(
-    records: Sequence[RegionRecord], ranked: Sequence[Ranked], convention: str
-) -> dict[str, float]:
-    """Return the share of expressions whose best box has an IoU above 0.5, in percent."""
-    right = [
-        overlaps(best.boxes[:1], record.targets, convention).max() > LEAST
-        for record, best in zip(records, ranked, strict=True)
-    ]
-    return {"accuracy": 100.0 * float(np.mean(right))}
+def is_right(record: RegionRecord, boxes: np.ndarray, convention: str) -> np.ndarray:
+    """Return whether boxes [n, 4] have an IoU above 0.5 with the one that is meant, bool [n]."""
+    return overlaps(boxes, record.targets, convention).max(axis=1) > LEAST
 
 
-REFCOCO = Pointing("refcoco", refcoco_metrics)
+REFCOCO = Pointing("refcoco", is_right, accuracy)
 
 
 def refcoco_job(config: RefcocoConfig, state: ParallelState) -> Job:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json, read_json_value, read_regular, reading
-from megatron_interbert.tasks.grounding.boxes import corners
+from megatron_interbert.tasks.grounding.boxes import corners_of
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
 from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.records import check_entry
@@ -68,7 +68,7 @@ def read_refs(path: str) -> Iterator[dict[str, Any]]:
 
 class PlainUnpickler(pickle.Unpickler):
     """Read a pickle of lists, dictionaries, texts and numbers: nothing in it can be called, because
-    no name is looked up.
+    no name is looked up, not even those of arrays, which pickles of features may name.
     """
 
     def find_class(self, module: str, name: str) -> Any:
@@ -106,11 +106,10 @@ def read_instances(path: str) -> tuple[dict[int, dict[str, Any]], dict[int, np.n
             check_entry(entry, keys, f"{path}: {key} {number}")
 
     images = {entry["id"]: entry for entry in document["images"]}
-    boxes = {}
-    for number, entry in enumerate(document["annotations"]):
-        if len(entry["bbox"]) != 4 or not all(is_number(value) for value in entry["bbox"]):
-            raise UsageError(f"{path}: annotations {number}: 'bbox' is not four numbers")
-        boxes[entry["id"]] = corners(entry["bbox"])
+    boxes = {
+        entry["id"]: corners_of(entry["bbox"], f"{path}: annotations {number}")
+        for number, entry in enumerate(document["annotations"])
+    }
 
     return images, boxes
 
@@ -119,11 +118,6 @@ def smaller(entry: dict[str, Any]) -> dict[str, Any]:
     """Leave out the outlines of objects, which fill most of the file."""
     entry.pop("segmentation", None)
     return entry
-
-
-def is_number(value: object) -> bool:
-    """Check whether a value is a number."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def records_of(

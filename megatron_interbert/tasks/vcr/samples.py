@@ -24,7 +24,9 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_text
+from megatron_interbert.tasks.image_finder import image_numbers
 from megatron_interbert.tasks.pairs import Text, frame, pair_fields
+from megatron_interbert.tasks.two_stores import join_regions
 from megatron_interbert.tasks.vcr.config import VcrConfig
 
 # Neutral first names, given to the persons of an image in order.
@@ -251,7 +253,9 @@ class VcrImages:
         self.max_regions = max_regions
         self.feature_dim = (annotated or detected).feature_dim
         self._names = {
-            id(corpus): _by_name(corpus) for corpus in (annotated, detected) if corpus is not None
+            id(corpus): image_numbers(corpus)
+            for corpus in (annotated, detected)
+            if corpus is not None
         }
 
     def __getstate__(self) -> dict[str, Any]:
@@ -292,50 +296,7 @@ class VcrImages:
                 )
                 parts.append((regions.features, regions.locations()[:, :4], regions.offsets))
 
-        return joined(parts, self.max_regions)
-
-
-def _by_name(corpus: Corpus) -> dict[str, int]:
-    names: dict[str, int] = {}
-    for store, first in zip(corpus.stores, corpus.first_image, strict=False):
-        for number in range(store.num_images):
-            names.setdefault(store.image_id(number), int(first) + number)
-
-    return names
-
-
-def joined(parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]], most: int) -> RegionBatch:
-    """Join the regions of the same images from several stores: those of the first store, then of
-    the next, at most `most` per image.
-
-    A part is (features, boxes as shares, offsets) of one store.
-    """
-    features = np.concatenate([p[0] for p in parts])
-    boxes = np.concatenate([p[1] for p in parts])
-    begin = np.cumsum([0, *(len(p[0]) for p in parts)])
-    rows = []
-    offsets = [0]
-
-    for image in range(len(parts[0][2]) - 1):
-        runs = [
-            np.arange(p[2][image], p[2][image + 1]) + start
-            for p, start in zip(parts, begin, strict=False)
-        ]
-        rows.append(np.concatenate(runs)[:most])
-        offsets.append(offsets[-1] + len(rows[-1]))
-
-    chosen = np.concatenate(rows)
-    nothing = np.zeros((0, 1))
-    sizes = np.ones((len(offsets) - 1, 2), np.float32)
-
-    return RegionBatch(
-        features[chosen],
-        boxes[chosen].astype(np.float32),
-        nothing,
-        nothing,
-        sizes,
-        np.array(offsets),
-    )
+        return join_regions(parts, self.max_regions)
 
 
 class VcrTexts:

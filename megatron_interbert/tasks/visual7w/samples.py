@@ -86,6 +86,8 @@ def record_of(
         return name, "the question has no text"
     if any(type(choice) is not int or choice not in boxes for choice in choices):
         return name, "the file does not hold one of its boxes"
+    if len(set(choices)) < 2:
+        return name, "it has no wrong box to choose from"
 
     # in the order of their ids, so that the right one has no place of its own
     order = sorted(set(choices))

@@ -35,7 +35,10 @@ class VqaConfig(AnswerConfig):
         FREE,
     )
     min_occurrences: int = setting(
-        9, "without --answers: questions whose main answer a frequent one is", SAME, least=1
+        9,
+        "without --answers: keep answers that are the main one of at least this many questions",
+        SAME,
+        least=1,
     )
     lr: float = redefault(AnswerConfig, "lr", 1e-4)
     weight_decay: float = redefault(AnswerConfig, "weight_decay", 1e-4)

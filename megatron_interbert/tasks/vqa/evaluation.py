@@ -10,7 +10,7 @@ from megatron_interbert.tasks.answering.evaluation import evaluate_answers
 from megatron_interbert.tasks.results import Published
 from megatron_interbert.tasks.vqa.config import EvaluateVqaConfig
 from megatron_interbert.tasks.vqa.job import VQA, submission
-from megatron_interbert.tasks.vqa.samples import read_questions
+from megatron_interbert.tasks.vqa.samples import read_annotations, read_questions
 
 VOLTA = "e-bug/volta, MODELS.md"
 OSCAR = "microsoft/Oscar, MODEL_ZOO.md"
@@ -37,7 +37,9 @@ def evaluate_vqa(
         state,
         device,
         [*questions, *annotations],
-        lambda config, corpus: read_questions(questions, annotations, corpus, config.submission),
+        lambda config, corpus: read_questions(
+            questions, read_annotations(annotations), corpus, config.submission
+        ),
         ("submission.json", submission),
         PUBLISHED,
     )

@@ -21,7 +21,12 @@ from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.vqa.answers import official_accuracy
 from megatron_interbert.tasks.vqa.config import VqaConfig
-from megatron_interbert.tasks.vqa.samples import main_answers, read_questions
+from megatron_interbert.tasks.vqa.samples import (
+    Answered,
+    main_answers,
+    read_annotations,
+    read_questions,
+)
 
 
 def vqa_metrics(records: Sequence[Record], given: Sequence[str]) -> dict[str, float]:
@@ -56,9 +61,10 @@ def vqa_job(config: VqaConfig, state: ParallelState) -> Job:
     if not annotations:
         raise UsageError("--annotations is missing; give v2_.._annotations.json of VQA")
 
-    records = read_questions(questions, annotations, opened.corpus)
     valid_files = split_paths(config.valid_questions), split_paths(config.valid_annotations)
-    answers = answers_of(config, [*annotations, *valid_files[1]])
+    answered, valid_answered = read_annotations(annotations), read_annotations(valid_files[1])
+    records = read_questions(questions, answered, opened.corpus)
+    answers = answers_of(config, [some for some in (answered, valid_answered) if some])
     valid = None
 
     if config.minval and not valid_files[0]:
@@ -70,7 +76,7 @@ def vqa_job(config: VqaConfig, state: ParallelState) -> Job:
                 "--valid-annotations is missing, with the answers to --valid-questions"
             )
         valid_corpus = open_valid(config, opened.corpus)
-        judged = read_questions(*valid_files, valid_corpus)
+        judged = read_questions(valid_files[0], valid_answered, valid_corpus)
         if config.minval:
             records, judged = with_minval(config, opened.corpus, records, judged)
         valid = (judged, valid_corpus)
@@ -82,12 +88,12 @@ def vqa_job(config: VqaConfig, state: ParallelState) -> Job:
     return answer_job(VQA, config, state, opened, answers, records, files, valid)
 
 
-def answers_of(config: VqaConfig, annotations: Sequence[str]) -> AnswerList:
+def answers_of(config: VqaConfig, answered: Sequence[Answered]) -> AnswerList:
     """Return the answers to choose from: those of --answers, else the frequent ones."""
     if config.answers:
         return read_answers(config.answers, "--answers")
 
-    answers = frequent_answers(main_answers(annotations).items(), config.min_occurrences)
+    answers = frequent_answers(main_answers(answered).items(), config.min_occurrences)
     if not len(answers):
         raise UsageError(
             f"no answer is the main one of {config.min_occurrences} questions; lower"

@@ -1,7 +1,7 @@
 """Read VQA's official files: questions, and ten answers to each."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,30 +11,34 @@ from megatron_interbert.reading import read_json
 from megatron_interbert.tasks.answering.records import Record, place_in
 from megatron_interbert.tasks.image_finder import coco_name
 from megatron_interbert.tasks.placing import Records, Rejected
-from megatron_interbert.tasks.records import check_entry
+from megatron_interbert.tasks.records import check_entry, whole_number
 from megatron_interbert.tasks.vqa.answers import normalise_answer, soft_scores
 
 COCO = "mscoco"
 # Questions of test-dev are about images of the whole test set.
 IMAGES_OF = {"test-dev2015": "test2015"}
-QUESTION_KEYS = {"question_id": int, "image_id": (int, str), "question": str}
+QUESTION_KEYS = {"question_id": (int, str), "image_id": (int, str), "question": str}
 
 
 @dataclass(frozen=True, slots=True)
 class VqaFacts:
-    """Hold what people answered to a question, and the types that accuracies are reported by, empty
-    if the file does not say.
+    """Hold what people answered to a question, the main one of these answers, normalised, and the
+    types that accuracies are reported by; all are empty if the file does not say.
     """
 
     said: tuple[str, ...]
     question_type: str
     answer_type: str
+    main: str = ""
+
+
+Answered = Mapping[int, VqaFacts]  # by question id
 
 
 def read_questions(
-    questions: Sequence[str], annotations: Sequence[str], corpus: Corpus, whole: bool = False
+    questions: Sequence[str], answered: Answered | None, corpus: Corpus, whole: bool = False
 ) -> Records:
-    """Read questions with the answers to them; without annotations, questions alone.
+    """Read questions with the answers to them (see `read_annotations`); without, questions alone.
 
     Raises UsageError that names file and entry if a key is missing or of another kind. Questions
     are dropped and counted if they have no text or no image in the corpus or, given annotations, no
@@ -43,11 +47,8 @@ def read_questions(
     if not questions:
         raise UsageError("--questions is missing; give v2_OpenEnded_.._questions.json of VQA")
 
-    answered = read_annotations(annotations)
     records = [
-        record_of(entry, name, answered if annotations else None)
-        for path in questions
-        for entry, name in entries_of(path)
+        record_of(entry, name, answered) for path in questions for entry, name in entries_of(path)
     ]
 
     return place_in(corpus, ", ".join(questions), records, whole)
@@ -65,15 +66,15 @@ def entries_of(path: str) -> Iterator[tuple[dict[str, Any], str]]:
     of_coco = document.get("data_type", COCO) == COCO and subset
 
     for number, entry in enumerate(listed):
-        check_entry(entry, QUESTION_KEYS, f"{path}: question {number}")
+        where = f"{path}: question {number}"
+        check_entry(entry, QUESTION_KEYS, where)
+        entry["question_id"] = whole_number(entry, "question_id", where)
         image = str(entry["image_id"])
         is_number = image.isascii() and image.isdigit()
         yield entry, coco_name(image, subset) if of_coco and is_number else image
 
 
-def record_of(
-    entry: dict[str, Any], image: str, answered: dict[int, VqaFacts] | None
-) -> Record | Rejected:
+def record_of(entry: dict[str, Any], image: str, answered: Answered | None) -> Record | Rejected:
     """Return a question as a record, or (id, reason) if it cannot be used."""
     number = entry["question_id"]
     if not entry["question"].strip():
@@ -90,8 +91,11 @@ def record_of(
     return Record(str(number), (entry["question"],), (image,), soft_scores(facts.said), facts)
 
 
-def read_annotations(paths: Sequence[str]) -> dict[int, VqaFacts]:
-    """Read the answers to questions, by question id."""
+def read_annotations(paths: Sequence[str]) -> Answered | None:
+    """Read the answers to questions; None if there are no files."""
+    if not paths:
+        return None
+
     found: dict[int, VqaFacts] = {}
 
     for path in paths:
@@ -101,32 +105,34 @@ def read_annotations(paths: Sequence[str]) -> dict[int, VqaFacts]:
 
         for number, entry in enumerate(listed):
             where = f"{path}: annotation {number}"
-            check_entry(entry, {"question_id": int, "answers": list}, where)
+            check_entry(entry, {"question_id": (int, str), "answers": list}, where)
             said = entry["answers"]
             if not all(isinstance(a, dict) and isinstance(a.get("answer"), str) for a in said):
                 raise UsageError(f"{where}: expected an object with 'answer' for each person")
 
-            found[entry["question_id"]] = VqaFacts(
-                tuple(answer["answer"] for answer in said),
+            texts = tuple(answer["answer"] for answer in said)
+            found[whole_number(entry, "question_id", where)] = VqaFacts(
+                texts,
                 str(entry.get("question_type") or ""),
                 str(entry.get("answer_type") or ""),
+                main_answer(entry.get("multiple_choice_answer"), texts),
             )
 
     return found
 
 
-def main_answers(paths: Sequence[str]) -> Counter[str]:
-    """Count the questions whose main answer each normalised answer is: `multiple_choice_answer`, in
-    files without it the most frequent one.
+def main_answer(named: Any, said: Sequence[str]) -> str:
+    """Return the normalised main answer to a question: the one that the file names
+    (`multiple_choice_answer`), else the most frequent one.
     """
-    counts: Counter[str] = Counter()
-    for path in paths:
-        for entry in read_json(path, "--annotations")["annotations"]:
-            said = [normalise_answer(answer["answer"]) for answer in entry["answers"]]
-            main = entry.get("multiple_choice_answer")
-            if isinstance(main, str):
-                counts[normalise_answer(main)] += 1
-            elif said:
-                counts[Counter(said).most_common(1)[0][0]] += 1
+    if isinstance(named, str):
+        return normalise_answer(named)
+    if not said:
+        return ""
 
-    return counts
+    return Counter(map(normalise_answer, said)).most_common(1)[0][0]
+
+
+def main_answers(every: Iterable[Answered]) -> Counter[str]:
+    """Count the questions whose main answer each normalised answer is."""
+    return Counter(facts.main for answered in every for facts in answered.values() if facts.said)

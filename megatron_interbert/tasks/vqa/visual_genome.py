@@ -54,7 +54,7 @@ class VgqaConfig(AnswerConfig):
         FREE,
     )
     min_occurrences: int = setting(
-        9, "without --answers: questions whose answer a frequent one is", SAME, least=1
+        9, "without --answers: keep answers given to at least this many questions", SAME, least=1
     )
     global_batch_size: int = redefault(AnswerConfig, "global_batch_size", 128)
     lr: float = redefault(AnswerConfig, "lr", 4e-5)
@@ -149,7 +149,7 @@ def vgqa_job(config: VgqaConfig, state: ParallelState) -> Job:
     if not kept:
         raise UsageError(f"{records.files}: no answer is among those to choose from")
     if beyond and state.is_main:
-        print(f"{records.files}: {beyond} questions left out: their answers are not to be chosen")
+        print(f"{records.files}: {beyond} questions left out: the head cannot give their answers")
 
     valid = None
     if config.minval or valid_questions:
