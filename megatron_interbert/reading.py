@@ -14,6 +14,7 @@ from megatron_interbert.errors import Unreadable, UsageError
 
 # Errors that mean that no file of that name exists. All others (EACCES, EIO, EMFILE, ESTALE, ..)
 # say nothing about the content of a file.
+ARCHIVES = (("a zip archive", b"PK\x03\x04"), ("compressed by gzip", b"\x1f\x8b"))
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 
@@ -86,6 +87,9 @@ def read_text(path: str | Path, what: str) -> str:
         with reading(path):
             return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
+        if archive := next((n for n, start in ARCHIVES if error.object.startswith(start)), ""):
+            raise UsageError(f"{what}: {path} is {archive}; unpack it first") from error
+
         encoding = guess_encoding(error.object[:SAMPLE])
         problem = f"is not UTF-8 text (byte {error.start}: {error.reason})"
         raise UsageError(

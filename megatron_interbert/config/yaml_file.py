@@ -45,10 +45,10 @@ def read_mapping(path: str, what: str) -> dict[str, Any]:
             " 'lr: 1e-4'"
         )
 
-    return values
+    return {str(key): value for key, value in values.items()}
 
 
-def flags_of(config_class: type, values: Mapping[Any, Any], where: str) -> dict[str, Any]:
+def flags_of(config_class: type, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Return settings by name from keys that are flag names, with types and choices checked.
 
     Raises UsageError that names the key and `where` it stands.
@@ -61,7 +61,7 @@ def flags_of(config_class: type, values: Mapping[Any, Any], where: str) -> dict[
 
     result: dict[str, Any] = {}
     for key, value in values.items():
-        written = key_of(str(key))
+        written = key_of(key)
         if written not in names:
             raise UsageError(f"{where}: unknown key '{key}'{nearest(written, names)}")
 

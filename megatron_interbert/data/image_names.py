@@ -7,6 +7,8 @@ Equal names mean the same image. Other names mean it by a key that both have, st
     folder    `a/b/07.jpg`, `b/07.png`   the end of the path
     number    `a/b/07.jpg`, `7`          a number without leading zeros and without COCO's prefix
 
+The prefixes of `nlvr2_dev-1-0-img0.npz`, `v7w_7.jpg` and their like are no part of a name.
+
 A key counts only where it means one image: if it is the key of one image in the build, and if the
 captions do not use it for two different ones.
 """
@@ -27,6 +29,11 @@ ENDING = re.compile(
 )
 CAPTION_NUMBER = re.compile(r"#(?:[a-z]{2,10}[#_]?)?\d+$", re.IGNORECASE)  # Flickr's `1.jpg#zhc#0`
 ADDRESS = re.compile(r"^[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+# before the names that a data set has itself, in files of UNITER and Visual7W
+PREFIX = re.compile(
+    r"^(?:nlvr2|flickr30k|gqa|vg|v7w|visual_grounding_(?:det_)?coco(?:_gt)?)_(?=[^/]*\d)",
+    re.IGNORECASE,
+)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
 # a word in the name of a folder, as in train2014
 SPLIT = re.compile(r"(?<![a-z])(train|val|test|dev)(?:ing|idation)?(?![a-z])")
@@ -116,7 +123,8 @@ def _path_and_ending(text: str) -> tuple[str, str]:
     elif CAPTION_NUMBER.search(path) and ENDING.search(CAPTION_NUMBER.sub("", path)):
         path = CAPTION_NUMBER.sub("", path)
 
-    path = "/".join(part for part in path.replace("\\", "/").split("/") if part not in ("", "."))
+    parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
+    path = "/".join([*parts[:-1], *(PREFIX.sub("", part) for part in parts[-1:])])
     ending = ENDING.search(path)
 
     return (path[: ending.start()], ending[0].lower()) if ending else (path, "")
@@ -130,7 +138,7 @@ def paths_differ(one: ImageName, other: ImageName) -> bool:
     COCO's names need no folders: they differ if the file names do.
     """
     if one.is_coco and other.is_coco:
-        return one.stem != other.stem
+        return one.stem.casefold() != other.stem.casefold()
     if _is_end(one, other):
         return False
 

@@ -347,6 +347,13 @@ class BatchStream:
                 process.end()
 
 
+def most_batches_ahead(workers: int) -> int:
+    """Return how many batches may be asked for before the one that is computed now: those of the
+    loader processes, the one that a process is asked for as another is taken, and a pinned one.
+    """
+    return (SLOTS - 1) * workers + 2
+
+
 def pinned_ahead(batches: Iterator[PackedBatch]) -> Iterator[PackedBatch]:
     """Yield the same batches in pinned memory; a thread copies one batch ahead while the device
     computes.

@@ -157,12 +157,15 @@ def describe_data(
     }
 
 
-def validation_digest(config: TrainConfig) -> str:
-    """Return one sha256 of what a run is judged on: all --valid-.. flags and the data they name."""
+def validation_digest(configs: Iterable[TrainConfig]) -> str:
+    """Return one sha256 of what a run is judged on: all --valid-.. flags of the run, or of its
+    tasks, and the data they name.
+    """
     digest = hashlib.sha256()
-    for name, value in sorted(vars(config).items()):
-        if name.startswith("valid_"):
-            digest.update(f"{name} {content_of(value)}\n".encode())
+    for config in configs:
+        for name, value in sorted(vars(config).items()):
+            if name.startswith("valid_"):
+                digest.update(f"{name} {content_of(value)}\n".encode())
 
     return digest.hexdigest()
 

@@ -1,16 +1,15 @@
 """Find the images of samples in region stores, and keep the samples that can be used."""
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 
-from megatron_interbert.data.image_names import match_across
-from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.drops import Drops
-from megatron_interbert.tasks.task import Job
+
+NO_IMAGE = "its image is not in the region store"
 
 Numbers = Mapping[str, tuple[int, ...]]  # of an image in each store, by its name
 Find = Callable[[Iterable[str]], Numbers]
@@ -137,10 +136,10 @@ def place_records(
 
     found = Records(files, items, np.array(images, np.int64), drops)
     if not items:
-        raise UsageError(
-            f"{found.report()}; nothing is left: give the region stores that hold the images of"
-            f" these samples (now {stores})"
-        )
+        mend = "mend the file, or give another one"
+        if NO_IMAGE in drops.counts:
+            mend = f"give the region stores that hold the images of these samples (now {stores})"
+        raise UsageError(f"{found.report()}; nothing is left: {mend}")
 
     return found
 
@@ -157,39 +156,7 @@ def judged(
         elif all(name in numbers for name in entry.images):
             yield entry, entry.id, tuple(n for name in entry.images for n in numbers[name]), ""
         else:
-            yield None, entry.id, (), "its image is not in the region store"
-
-
-def image_names(records: Records) -> frozenset[str]:
-    """Return the names of all images of records."""
-    return frozenset(name for record in records.items for name in record.images)
-
-
-def leave_out(
-    job: Job, make_set: Callable[[Records], TrainingSet], records: Records, names: Collection[str]
-) -> int:
-    """Take the samples with images of some names, in any spelling, out of a job's training samples,
-    which `make_set` makes from records; return how many these are.
-
-    Raises UsageError if none is left.
-    """
-    own = {name: number for number, name in enumerate(image_names(records))}
-    gone = set(match_across(names, own).values())
-    kept = [
-        row
-        for row, record in enumerate(records.items)
-        if not gone.intersection(own[name] for name in record.images)
-    ]
-    if not kept:
-        raise UsageError(
-            f"{records.files}: every training sample has an image that is evaluated on; give other"
-            " validation files"
-        )
-
-    if len(kept) < len(records):
-        job.samples = make_set(records.take(kept))
-
-    return len(records) - len(kept)
+            yield None, entry.id, (), NO_IMAGE
 
 
 def refuse_repeated(records: Iterable[AnyRecord | Rejected], files: str) -> None:

@@ -17,6 +17,8 @@ from megatron_interbert.tasks.config import EvaluateConfig
 from megatron_interbert.weights.manifest import versions
 from megatron_interbert.weights.sources import WeightSource
 
+NOT_PERCENT = ("rank", "distribution")  # ends of the names of figures
+
 
 @dataclasses.dataclass(frozen=True)
 class Published:
@@ -148,7 +150,7 @@ def table(result: dict[str, Any]) -> str:
     and where these come from.
     """
     beside = result.get("beside", [])
-    labels = {name: name if name.endswith("rank") else f"{name} %" for name in result["metrics"]}
+    labels = {n: n if n.endswith(NOT_PERCENT) else f"{n} %" for n in result["metrics"]}
     first = max(21, *map(len, labels.values())) + 1
     widths = [max(len(peer["model"]), 6) + 2 for peer in beside]
     heads = "".join(f"{peer['model']:>{width}}" for peer, width in zip(beside, widths, strict=True))

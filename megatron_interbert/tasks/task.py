@@ -3,7 +3,7 @@
 The loop knows nothing else of losses, heads or modalities.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,6 +12,7 @@ from torch import nn
 
 from megatron_interbert.config.model import ModelConfig
 from megatron_interbert.config.options import nearest
+from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
 from megatron_interbert.parallel.state import ParallelState
@@ -75,10 +76,11 @@ class Job:
     figures: tuple[str, ...] = ()  # names that `metric` may have
     patience: int = 0  # evaluations without a better metric after which the run ends; 0: never
     valid_samples: TrainingSet | None = None  # for the losses of pretraining
-    # names of the images that are evaluated on, and what takes images of some names out of the
-    # training samples and returns how many samples it has taken out, for several tasks in one run
-    judged_images: frozenset[str] = frozenset()
-    leave_out: Callable[[Collection[str]], int] | None = None
+    judged_images: frozenset[str] = frozenset()  # names of the images that it is evaluated on
+    # drops the training samples with images of some names, and returns their ids
+    leave_out: Callable[[Collection[str]], list[str]] | None = None
+    # settings of what it is evaluated on; those of the run if there are none
+    valid_configs: Sequence[TrainConfig] = ()
     # told the step and the metrics of every evaluation, in their order, also by a resumed run
     note_evaluation: Callable[[int, dict[str, float]], None] | None = None
 

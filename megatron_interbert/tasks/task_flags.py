@@ -3,12 +3,14 @@
 import dataclasses
 from typing import Any
 
+from megatron_interbert.config.options import SAME, rows
 from megatron_interbert.config.training import TrainConfig
 from megatron_interbert.config.yaml_file import flags_of
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.config import FinetuneConfig
 
-# what a task may set for itself among the flags that all finetunings have
+# what a task may set for itself among the flags that all finetunings have; else it is the run's, if
+# that was given one
 OWN = ("max_tokens", "max_regions", "eval_batch_size")
 
 
@@ -25,22 +27,32 @@ def config_of(
         raise UsageError(f"{where} is {given!r:.60}, expected flags with their settings")
 
     values = flags_of(kind, given, where)
-    shared = {entry.name for entry in dataclasses.fields(TrainConfig)} - set(OWN)
+    shared = {entry.name for entry in dataclasses.fields(FinetuneConfig)}.difference(OWN)
     for flag in values:
         if flag in shared:
             raise UsageError(f"{where}: '{flag}' is a flag of the whole run; give it there")
 
     own = kind(**values)
-    for flag in shared:
-        setattr(own, flag, getattr(config, flag))
+    of_run = shared.union(OWN).intersection(config.given).difference(values)
+    for flag in of_run.union(shared):
+        setattr(own, flag, getattr(config, flag, getattr(own, flag)))
 
-    own.given = set(values) | {"data_partitions"}
+    own.given = {*values, *of_run, "data_partitions"}
     own.data_partitions = 1  # until all tasks share a number
     if "data_path" not in values and config.data_path:
         own.data_path = config.data_path
 
     own.metric = ""
     own.data_parallel_size = config.data_parallel_size
-    own.check()
+
+    try:
+        own.check()
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from error
 
     return own
+
+
+def own_settings(config: FinetuneConfig) -> dict[str, Any]:
+    """Return the settings of a task on which its samples or losses depend, beside its files."""
+    return {name: getattr(config, name) for name, facts in rows(config) if facts.resume is SAME}

@@ -139,7 +139,8 @@ def begin(
     config = run.config
     state = run.state
     claim = start.claim or claim_folder(config.save, state)  # only once all checks have passed
-    digest = together(state, lambda: validation_digest(config) if job.metric else "")
+    judged_by = job.valid_configs or [config]
+    digest = together(state, lambda: validation_digest(judged_by) if job.metric else "")
     judge = Judge(job.metric, state.gather(digest)[0])
     checkpoints = Checkpoints(
         config, job.model_config, state, job.data, job.vocabulary, claim, judge

@@ -420,7 +420,17 @@ def test_statements_of_nlvr2_that_are_none(tmp_path):
     entry = {"identifier": "dev-1-0-0", "sentence": "a cat", "label": "True"}
     assert len(read_statements([write(tmp_path / "ok.json", entry)], corpus)) == 1
     unlabelled = {k: v for k, v in entry.items() if k != "label"}
-    assert not read_statements([write(tmp_path / "t.json", unlabelled)], corpus).labelled
+    for without in (unlabelled, {**entry, "label": ""}):
+        records = read_statements([write(tmp_path / "t.json", without)], corpus)
+        assert records.unlabelled("label") == (
+            "1 of 1 samples have no label and do not count (first: dev-1-0-0)"
+        )
+        with pytest.raises(UsageError, match=r"dropped 1: it has no label .* nothing is left"):
+            records.labelled("label")
+
+    small = {**entry, "label": "true"}
+    records = read_statements([write(tmp_path / "small.json", small)], corpus)
+    assert records.items[0].answers == {"True": 1.0}
     for change, message in (
         ({"identifier": "dev-1-0"}, "identifier 'dev-1-0', expected SPLIT-SET-PAIR-STATEMENT"),
         ({"label": "yes"}, "label 'yes', expected True or False"),

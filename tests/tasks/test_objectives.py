@@ -103,11 +103,11 @@ def distance_of(words, regions):
     count, others = cost.shape
     plan = torch.ones_like(cost)
     nearness = torch.exp(-cost.detach() / 0.5)
-    right = torch.ones(others, dtype=cost.dtype) / others
+    left = torch.ones(count, dtype=cost.dtype) / count
     for _ in range(50):
         kernel = nearness * plan
-        left = 1 / (count * (kernel @ right))
         right = 1 / (others * (kernel.T @ left))
+        left = 1 / (count * (kernel @ right))
         plan = left[:, None] * kernel * right[None]
 
     return (cost * plan.detach()).sum()

@@ -7,11 +7,20 @@ import json
 import numpy as np
 import pytest
 
-from megatron_interbert.data.image_names import match_across
+from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.image_names import match_across, match_names
+from megatron_interbert.data.packing import to_batch
+from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.answering.records import Record
+from megatron_interbert.tasks.multitask.image_lists import listed_images
 from megatron_interbert.tasks.multitask.same_images import SameImages
-from megatron_interbert.tasks.placing import Records, leave_out
+from megatron_interbert.tasks.overlaps import leave_out
+from megatron_interbert.tasks.placing import Records
+from megatron_interbert.tasks.retrieval.config import RetrievalConfig
+from megatron_interbert.tasks.retrieval.job import leave_out as leave_out_captions
+from megatron_interbert.tasks.retrieval.samples import RetrievalSet
+from tests.corpus import write_store
 
 COCO = "COCO_val2014_000000000042"
 GENOME = [
@@ -64,7 +73,7 @@ def test_samples_that_are_left_out(image_data, given):
 
     job = Tuned()
     lost = leave_out(job, lambda some: some, records, names)
-    assert lost == int(given)
+    assert lost == (["2345"] if given else [])
     if given:
         assert [record.id for record in job.samples.items] == ["7", "42", "2346"]
 
@@ -83,3 +92,74 @@ def test_other_files(tmp_path, content, message):
     path.write_text(json.dumps(content))
     with pytest.raises(UsageError, match=message):
         SameImages(str(path))
+
+
+def test_names_of_uniter_and_visual7w_mean_the_images_themselves():
+    coco = {"coco_train2014_000000000009": 0, "coco_val2014_000000000042": 1}
+    assert match_names(["COCO_train2014_000000000009", COCO], coco) == {
+        "COCO_train2014_000000000009": 0,
+        COCO: 1,
+    }
+    assert match_names(["dev-12-0-img0"], {"nlvr2_dev-12-0-img0.npz": 3}) == {"dev-12-0-img0": 3}
+    assert match_names(["1000092795.jpg"], {"flickr30k_000001000092795": 4}) == {
+        "1000092795.jpg": 4
+    }
+    assert match_names(
+        ["COCO_train2014_000000581857"], {"visual_grounding_coco_gt_000000581857": 5}
+    )
+    assert match_across(["v7w_42.jpg"], {"42": 6, COCO: 7}) == {"v7w_42.jpg": 6}
+
+
+def test_lists_of_images(tmp_path):
+    lines, numbers, array = (tmp_path / f"listed.{ending}" for ending in ("txt", "json", "npy"))
+    lines.write_text("42\nCOCO_val2014_000000000007\n\n")
+    numbers.write_text('[391895, "x"]')
+    np.save(array, np.array([42, 43]))
+    assert listed_images(f"{lines},{numbers}") == {
+        "42",
+        "COCO_val2014_000000000007",
+        "391895",
+        "x",
+    }
+    named = listed_images(f"coco:{array}")
+    assert COCO in named
+    assert len(named) == 6
+    assert match_across(named, {COCO: 0, "42": 1}) == {COCO: 0}
+
+    bad = tmp_path / "bad.npy"
+    for content, message in (
+        (b"x", "not an array of NumPy's"),
+        (array.read_bytes()[:-4], "not an array of NumPy's"),
+    ):
+        bad.write_bytes(content)
+        with pytest.raises(UsageError, match=message):
+            listed_images(str(bad))
+
+    lines.write_text(" \n")
+    with pytest.raises(UsageError, match="lists no images"):
+        listed_images(str(lines))
+    with pytest.raises(UsageError, match="'x' is no number of COCO"):
+        listed_images(f"coco:{numbers}")
+
+
+def test_retrieval_never_shows_what_is_left_out(tmp_path):
+    store = write_store(tmp_path / "store", 12, images_per_shard=5)
+    corpus = Corpus([str(store)])
+    tokenizer = CaptionTokenizer(str(store / "vocab.txt"))
+    config = RetrievalConfig(data_partitions=1, micro_batch_size=2)
+    job = Tuned()
+    job.samples = RetrievalSet(corpus, tokenizer, config)
+    every = job.samples.samples
+    gone = [2, 5, 9]
+
+    lost = leave_out_captions(job, [corpus.stores[0].image_id(image) for image in gone])
+    assert lost == [str(n) for n in every if corpus.caption_image[n] in gone]
+    kept = [caption for caption in every if corpus.caption_image[caption] not in gone]
+    assert job.samples.samples.tolist() == kept
+
+    for epoch in range(5):
+        fields = job.samples.fields([(epoch, caption) for caption in kept])
+        features = to_batch(fields).features.numpy()
+        for image in gone:
+            first = corpus.stores[0].read(image).features[0]
+            assert not (np.abs(features - first).max(axis=1) < 1e-3).any()

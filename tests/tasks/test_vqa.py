@@ -182,9 +182,9 @@ def test_the_fields_answer_lists_are_fixed_points_of_the_normalisation():
         ({"a": 0, "b": 0}, "'a' and 'b' have the same number 0"),
         ({"a": "0"}, "the number of 'a' is '0'"),
         (["a", "b", "a"], "'a' occurs twice"),
-        (["a", 1], "expected a JSON list of answers"),
+        (["a", 1], "expected a list of answers"),
         ([], "holds no answers"),
-        (3, "expected a JSON list of answers"),
+        (3, "expected a list of answers"),
     ],
 )
 def test_answer_lists_that_are_none(tmp_path, content, message):

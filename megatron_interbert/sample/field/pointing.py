@@ -16,7 +16,6 @@ from megatron_interbert.sample.field.scenes import THINGS, TaskScene
 
 CHOICES = 4
 QUESTIONS = 3  # of Visual7W about a scene
-BESIDE = 3  # things that a dialogue of GuessWhat mentions
 SENTENCES = 2  # of Flickr30k Entities about a scene
 
 Splits = Mapping[str, Mapping[int, TaskScene]]
@@ -149,18 +148,15 @@ def objects_of(image: int, scene: TaskScene) -> list[dict[str, Any]]:
 def turns_of(
     random: np.random.Generator, scene: TaskScene, target: int
 ) -> Iterator[tuple[str, str]]:
-    """Yield questions about a thing with their answers, yes and no equally often for each form: its
-    colour, and on which side of other things it is. None is about its kind, which the oracle is
-    told.
+    """Yield questions about a thing with their answers, yes and no equally often for each form: two
+    colours, of which one is right, and the side of the picture. None is about its kind, which the
+    oracle is told; none names another thing, which could then be ruled out.
     """
     colour, _ = scene.things[target]
-    is_right = random.random() < 0.5
     wrong = str(random.choice([found for found in COLOUR_NAMES if found != colour]))
-    yield f"is it {colour if is_right else wrong} ?", "Yes" if is_right else "No"
+    for asked in random.permutation([colour, wrong]).tolist():
+        yield f"is it {asked} ?", "Yes" if asked == colour else "No"
 
-    others = [thing for thing in range(THINGS) if thing != target]
-    for other in random.permutation(others)[:BESIDE].tolist():
-        is_left = scene.is_left_of(target, other)
-        side = "left" if random.random() < 0.5 else "right"
-        where = f"to the {side} of the {named(scene.things[other])}"
-        yield f"is it {where} ?", "Yes" if is_left == (side == "left") else "No"
+    is_left = bool(scene.centres[target] < WIDTH / 2)
+    side = "left" if random.random() < 0.5 else "right"
+    yield f"is it on the {side} ?", "Yes" if is_left == (side == "left") else "No"

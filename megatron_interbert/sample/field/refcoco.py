@@ -17,17 +17,40 @@ EACH = 3  # references in a scene
 
 
 def expressions_of(random: np.random.Generator, scene: TaskScene, thing: int) -> Iterator[str]:
-    """Yield expressions for a thing: by kind, and place if it is a twin; by colour and kind; by
-    another thing beside which it lies.
+    """Yield expressions for a thing: by its kind, and its place if it is a twin; by another thing
+    beside which it lies.
     """
     yield f"the {scene.only(thing)}"
-    yield f"the {named(scene.things[thing])}"
 
-    others = [other for other in range(THINGS) if other != thing]
-    other = others[int(random.integers(len(others)))]
+    relations = list(telling_relations(scene, thing))
+    if not relations:
+        others = [other for other in range(THINGS) if other != thing]
+        relations = [beside(scene, thing, other, scene.only(thing)) for other in others]
+
+    yield relations[int(random.integers(len(relations)))]
+
+
+def telling_relations(scene: TaskScene, thing: int) -> Iterator[str]:
+    """Yield expressions that several things share but for the side on which they lie of another
+    one: words alone do not tell which thing is meant.
+    """
+    colour, kind = scene.things[thing]
+
+    for words, shared in ((kind, scene.kinds), (f"{colour} thing", scene.colours)):
+        rivals = [rival for rival in range(THINGS) if shared[rival] == shared[thing]]
+        rivals.remove(thing)
+
+        for other in range(THINGS) if rivals else ():
+            side = scene.is_left_of(thing, other)
+            rest = [rival for rival in rivals if rival != other]
+            if other != thing and all(scene.is_left_of(rival, other) != side for rival in rest):
+                yield beside(scene, thing, other, words)
+
+
+def beside(scene: TaskScene, thing: int, other: int, words: str) -> str:
+    """Say on which side of another thing a thing lies that `words` mean."""
     side = "left" if scene.is_left_of(thing, other) else "right"
-    kind = scene.only(thing)
-    yield f"the {kind} to the {side} of the {named(scene.things[other])}"
+    return f"the {words} to the {side} of the {named(scene.things[other])}"
 
 
 def write_refcoco(folder: Path, scenes: Mapping[str, Mapping[int, TaskScene]], seed: int) -> None:
@@ -58,7 +81,7 @@ def write_refcoco(folder: Path, scenes: Mapping[str, Mapping[int, TaskScene]], s
 
 def references_of(image: int, scene: TaskScene, split: str, seed: int) -> list[dict[str, Any]]:
     """Draw the references in a scene."""
-    random = np.random.default_rng([seed, 27, image])
+    random = np.random.default_rng([seed, 31, image])
     refs = []
 
     for place, thing in enumerate(random.permutation(THINGS)[:EACH].tolist()):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_interbert.data.regions import Regions
 from megatron_interbert.sample.corpus import (
     COLOUR_NAMES,
     HEIGHT,
@@ -165,7 +166,7 @@ def write_scenes(
             exact.add(world.annotated(scene, random, name), [])
 
 
-def detected(world: World, random: np.random.Generator, name: str, scene: TaskScene) -> object:
+def detected(world: World, random: np.random.Generator, name: str, scene: TaskScene) -> Regions:
     """Draw the regions that a detector finds in a scene."""
     features = world.object_features[scene.kinds] + world.colour_features[scene.colours]
     return world.detector.detect(

@@ -8,11 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.sample.corpus import COLOUR_NAMES
 from megatron_interbert.sample.field.scenes import TaskScene, captions_of
 
 ROUNDS = 2  # of an entailment, a contradiction and a neutral statement about each scene
+
+MOST_TRIES = 1000  # of matching scenes
 
 
 def write_snli_ve(folder: Path, split: str, scenes: Mapping[int, TaskScene], seed: int) -> None:
@@ -61,6 +64,8 @@ def others_without(
 ) -> dict[int, int]:
     """Match each scene with another one that lacks the kind of its drawn thing: image -> image,
     each exactly once.
+
+    Raises UsageError if there are too few scenes for that.
     """
     images = list(scenes)
     kinds = {image: int(scenes[image].kinds[drawn[image]]) for image in images}
@@ -69,10 +74,17 @@ def others_without(
     def clash(image: int, with_image: int) -> bool:
         return kinds[image] in scenes[with_image].kinds
 
-    while clashing := [image for image in images if clash(image, other[image])]:
+    for _ in range(MOST_TRIES):
+        clashing = [image for image in images if clash(image, other[image])]
+        if not clashing:
+            return other
+
         for one in clashing:
             two = int(random.choice(images))
             if not clash(one, other[two]) and not clash(two, other[one]):
                 other[one], other[two] = other[two], other[one]
 
-    return other
+    raise UsageError(
+        f"--tasks: {len(images)} scenes are too few for statements about things that other scenes"
+        " lack; give --train-scenes and --test-scenes of 10 or more"
+    )

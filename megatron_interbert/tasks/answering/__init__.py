@@ -1,3 +1,3 @@
-"""Hold what tasks share that answer a question about images, or judge a statement about them, by
-choosing one of fixed answers.
+"""Share what tasks need that answer a question, or judge a statement, about images by choosing from
+a fixed list of answers.
 """

@@ -1,4 +1,4 @@
-"""Declare the flags that all tasks share which choose one of fixed answers."""
+"""Declare the flags of all tasks that choose from a fixed list of answers."""
 
 from dataclasses import dataclass
 from typing import Any

@@ -19,13 +19,14 @@ from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.samples import AnswerSamples, AnswerSet, Targets
 from megatron_interbert.tasks.answering.task import AnswerTask
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
+from megatron_interbert.tasks.overlaps import image_names, leave_out
 from megatron_interbert.tasks.parts import (
     describe_data,
     fitted_sizes,
     open_stores,
     vocabulary_of_run,
 )
-from megatron_interbert.tasks.placing import Records, image_names, leave_out
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
 
 Metrics = Callable[[Sequence[Record], Sequence[str]], dict[str, float]]

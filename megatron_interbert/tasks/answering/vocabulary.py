@@ -5,6 +5,7 @@ from typing import Any
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_json_value
+from megatron_interbert.tasks.plain_pickles import read_plain_pickle
 
 
 class AnswerList:
@@ -34,16 +35,17 @@ def frequent_answers(counted: Iterable[tuple[str, int]], least: int) -> AnswerLi
 
 
 def read_answers(path: str, flag: str) -> AnswerList:
-    """Read a file of answers: a JSON list of them, or an object with the number of each, as LXMERT,
-    UNITER and VOLTA publish theirs (label2ans, ans2label).
+    """Read a file of answers: a list of them, or an object with the number of each, as LXMERT,
+    UNITER (JSON) and VOLTA (pickles) publish theirs (label2ans, ans2label).
 
     Raises UsageError unless the numbers are 0, 1, .. without gaps and repeats.
     """
-    value = read_json_value(path, flag)
+    is_pickle = path.endswith((".pkl", ".p"))
+    value = read_plain_pickle(path, flag) if is_pickle else read_json_value(path, flag)
     answers = in_order(value, path) if isinstance(value, dict) else value
     if not isinstance(answers, list) or not all(isinstance(a, str) for a in answers):
         raise UsageError(
-            f"{flag} {path}: expected a JSON list of answers, or an object with the number of each"
+            f"{flag} {path}: expected a list of answers, or an object with the number of each"
         )
 
     if not answers:

@@ -28,7 +28,7 @@ class GqaConfig(AnswerConfig):
         " --questions and --valid-questions",
         FREE,
     )
-    lr: float = redefault(AnswerConfig, "lr", 1e-4)
+    lr: float = redefault(AnswerConfig, "lr", 4e-5)
     weight_decay: float = redefault(AnswerConfig, "weight_decay", 1e-4)
     max_tokens: int = tokens(26, "tokens per question, [CLS] and [SEP] included", ONE_TEXT)
 

@@ -19,7 +19,11 @@ from megatron_interbert.tasks.results import Published
 PUBLISHED = (
     Published("gqa", "LXMERT", {"accuracy": 60.33}, "airsplay/lxmert, README.md", "test-standard"),
     Published(
-        "gqa", "Oscar-B", {"accuracy": 61.62}, "microsoft/Oscar, MODEL_ZOO.md", "test-standard"
+        "gqa",
+        "Oscar-B",
+        {"accuracy": 61.62},
+        "microsoft/Oscar, VinVL_MODEL_ZOO.md, row SoTA_B",
+        "test-standard",
     ),
 )
 

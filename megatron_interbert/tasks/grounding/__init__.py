@@ -1,1 +1,1 @@
-"""Hold what tasks share that point at the region which a text means."""
+"""Share what tasks need that point at the region a text refers to."""

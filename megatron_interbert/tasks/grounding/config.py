@@ -1,4 +1,4 @@
-"""Declare the flags that all tasks share which point at regions."""
+"""Declare the flags of all tasks that point at regions."""
 
 from dataclasses import dataclass
 
@@ -31,8 +31,8 @@ class RegionConfig(FinetuneConfig):
     )
     loss: str = setting(
         "binary",
-        "binary: a region is right or wrong by itself, as far as its IoU is 0.5 or more (VOLTA,"
-        " 12-in-1); softmax: the regions of an image compete (UNITER)",
+        "binary: each region by itself, towards its IoU from 0.5 on and 0 below (12-in-1); softmax:"
+        " the regions of an image compete (UNITER)",
         SAME,
         ("binary", "softmax"),
         group="optimisation",

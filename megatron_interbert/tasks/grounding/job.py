@@ -20,13 +20,14 @@ from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord
 from megatron_interbert.tasks.grounding.samples import RegionSamples, RegionSet
 from megatron_interbert.tasks.grounding.task import RegionTask
+from megatron_interbert.tasks.overlaps import image_names, leave_out
 from megatron_interbert.tasks.parts import (
     describe_data,
     fitted_sizes,
     open_stores,
     vocabulary_of_run,
 )
-from megatron_interbert.tasks.placing import Records, image_names, leave_out
+from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.two_stores import TwoStores
 

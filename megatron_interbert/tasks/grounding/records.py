@@ -11,6 +11,7 @@ from megatron_interbert.tasks.placing import Records, Rejected, place_records, r
 from megatron_interbert.tasks.two_stores import TwoStores
 
 NO_BOXES = np.zeros((0, 4), np.float32)
+UNKNOWN_SIZE = (1.0, 1.0)  # in stores whose boxes are shares of an image
 
 
 @dataclass(slots=True)
@@ -46,6 +47,9 @@ def place_in(
 
     def check(record: RegionRecord, numbers: Sequence[int]) -> str:
         record.size = record.size or stores.size(numbers)
+        if record.size == UNKNOWN_SIZE:
+            return "the region store does not know the size of its image"
+
         boxes = [record.targets] if record.choices is None else [record.targets, record.choices]
         return problem_of(np.concatenate(boxes), record.size)
 

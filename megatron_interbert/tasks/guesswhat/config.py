@@ -26,6 +26,7 @@ class GuesserConfig(RegionConfig):
     global_batch_size: int = redefault(RegionConfig, "global_batch_size", 64)
     micro_batch_size: int = redefault(RegionConfig, "micro_batch_size", 8)
     lr: float = redefault(RegionConfig, "lr", 2e-5)
+    max_regions: int = redefault(RegionConfig, "max_regions", 306)
     max_tokens: int = redefault(
         RegionConfig,
         "max_tokens",
@@ -44,6 +45,7 @@ class EvaluateGuesserConfig(EvaluateRegionsConfig):
     TASK: ClassVar[str] = "guesswhat_guesser"
 
     games: str = option("", "guesswhat.test.jsonl.gz or another, comma-separated")
+    max_regions: int = redefault(EvaluateRegionsConfig, "max_regions", 0, as_trained=306)
     max_tokens: int = option(0, "tokens per dialogue", least=0, room_for=ONE_TEXT, as_trained=256)
 
 

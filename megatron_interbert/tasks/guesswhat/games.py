@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_regular, reading
+from megatron_interbert.tasks.drops import Drops
 from megatron_interbert.tasks.grounding.boxes import corners_of
 from megatron_interbert.tasks.records import check_entry, parse_records
 
@@ -59,6 +60,19 @@ def read_games(paths: Sequence[str]) -> Iterator[Game]:
     for path in paths:
         for where, entry in parse_records(text_of(path), path, "--games", KEYS, OTHER_NAMES):
             yield game_of(entry, where)
+
+
+def finished_games(paths: Sequence[str]) -> tuple[list[Game], Drops]:
+    """Return the games of files that came to a guess, and the others as drops: they are no part of
+    the task, not even where every sample must be answered.
+    """
+    games = list(read_games(paths))
+    drops = Drops()
+    for game in games:
+        if not game.is_finished:
+            drops.add("the game came to no guess", game.id)
+
+    return [game for game in games if game.is_finished], drops
 
 
 def text_of(path: str) -> str:

@@ -12,7 +12,7 @@ from megatron_interbert.tasks.grounding.figures import accuracy_and_error, is_ne
 from megatron_interbert.tasks.grounding.job import Pointing, open_run, open_valid, region_job
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
 from megatron_interbert.tasks.guesswhat.config import EvaluateGuesserConfig, GuesserConfig
-from megatron_interbert.tasks.guesswhat.games import Game, read_games
+from megatron_interbert.tasks.guesswhat.games import Game, finished_games
 from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.two_stores import TwoStores
@@ -25,17 +25,18 @@ GUESSER = Pointing(
 def read_dialogues(paths: Sequence[str], stores: TwoStores, whole: bool = False) -> Records:
     """Read whole dialogues, with the boxes of the objects to choose among.
 
-    Games that came to no guess are dropped and counted, and so are games without questions or
-    without an image in the stores; if `whole`, that raises UsageError.
+    Games that came to no guess are dropped and counted. So are games without questions or without
+    an image in the stores; if `whole`, that raises UsageError.
     """
-    records = [dialogue_of(game) for game in read_games(paths)]
-    return place_in(stores, ", ".join(paths), records, whole)
+    games, drops = finished_games(paths)
+    found = place_in(stores, ", ".join(paths), map(dialogue_of, games), whole)
+    found.drops.take(drops)
+
+    return found
 
 
 def dialogue_of(game: Game) -> RegionRecord | Rejected:
     """Return a game as a record, or (id, reason) if it cannot be used."""
-    if not game.is_finished:
-        return game.id, "the game came to no guess"
     if not game.turns:
         return game.id, "the game has no questions"
 

@@ -26,16 +26,20 @@ from megatron_interbert.tasks.answering.samples import AnswerSamples
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
 from megatron_interbert.tasks.grounding.boxes import overlaps, problem_of
 from megatron_interbert.tasks.guesswhat.config import EvaluateOracleConfig, OracleConfig
-from megatron_interbert.tasks.guesswhat.games import ANSWERS, Game, read_games
+from megatron_interbert.tasks.guesswhat.games import ANSWERS, Game, finished_games
 from megatron_interbert.tasks.pairs import pair_fields
 from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.task import Job
 
 
 @dataclass(frozen=True, slots=True)
-class ObjectBox:
-    """Hold the box of a question's object, x1 y1 x2 y2 as shares of the picture."""
+class Asked:
+    """Hold the ids of a question and its dialogue, and the box of its object, x1 y1 x2 y2 as shares
+    of the picture.
+    """
 
+    dialogue: str
+    question: str
     box: np.ndarray
 
 
@@ -118,11 +122,15 @@ ORACLE = Answering("guesswhat_oracle", oracle_metrics, ("accuracy", "error"), sa
 def read_turns(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Records:
     """Read the questions of games, each with its object.
 
-    Questions without text, of games that came to no guess, about a bad box or without an image in
-    the corpus are dropped and counted; if `whole`, that raises UsageError.
+    Games that came to no guess are dropped and counted. So are questions without text, about a bad
+    box or without an image in the corpus; if `whole`, that raises UsageError.
     """
-    records = [record for game in read_games(paths) for record in turns_of(game)]
-    return place_in(corpus, ", ".join(paths), records, whole)
+    games, drops = finished_games(paths)
+    records = [record for game in games for record in turns_of(game)]
+    found = place_in(corpus, ", ".join(paths), records, whole)
+    found.drops.take(drops)
+
+    return found
 
 
 def turns_of(game: Game) -> Iterator[Record | Rejected]:
@@ -130,17 +138,17 @@ def turns_of(game: Game) -> Iterator[Record | Rejected]:
     target = game.boxes[game.target]
     problem = problem_of(target[None], game.size)
 
-    for turn in game.turns:
-        if not game.is_finished:
-            yield turn.id, "the game came to no guess"
-        elif not turn.question:
-            yield turn.id, "the question has no text"
+    for place, turn in enumerate(game.turns):
+        name = f"{game.id}-{place}"  # some files number the questions of each game anew
+        if not turn.question:
+            yield name, "the question has no text"
         elif problem:
-            yield turn.id, problem
+            yield name, problem
         else:
-            box = ObjectBox(target / np.array([*game.size, *game.size], np.float32))
+            box = target / np.array([*game.size, *game.size], np.float32)
             texts = (turn.question, game.kinds[game.target])
-            yield Record(turn.id, texts, (game.image,), {turn.answer: 1.0}, box)
+            facts = Asked(game.id, turn.id, box)
+            yield Record(name, texts, (game.image,), {turn.answer: 1.0}, facts)
 
 
 def oracle_job(config: OracleConfig, state: ParallelState) -> Job:
@@ -183,7 +191,10 @@ def evaluate_oracle(
 
 def predictions(records: Sequence[Record], given: Sequence[str]) -> str:
     """Return the JSON lines of the answers."""
-    return "".join(
-        json.dumps({"question_id": record.id, "answer": answer}) + "\n"
-        for record, answer in zip(records, given, strict=True)
-    )
+    lines = []
+    for record, answer in zip(records, given, strict=True):
+        asked = record.facts
+        ids = {"dialogue_id": asked.dialogue, "question_id": asked.question}
+        lines.append(json.dumps({**ids, "answer": answer}) + "\n")
+
+    return "".join(lines)

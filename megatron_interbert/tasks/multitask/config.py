@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from megatron_interbert.config.options import ABOVE_0, FREE, SAME, nearest, redefault, setting
 from megatron_interbert.config.yaml_file import read_mapping
+from megatron_interbert.data.loader import most_batches_ahead
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.config import FinetuneConfig
 from megatron_interbert.tasks.multitask.schedule import LAG
@@ -49,15 +50,16 @@ class MultitaskConfig(FinetuneConfig):
     )
     stop_and_go: bool = setting(
         False,
-        "train a task whose figure has stopped to rise only every fourth time, until it falls"
-        " (12-in-1); with --schedule round-robin",
+        "train a task whose figure has stopped rising only every fourth round, until it falls"
+        " (12-in-1); needs --schedule round-robin",
         SAME,
         group="optimisation",
     )
     exclude_images: str = setting(
         "",
-        "files with names of images that no task may train on, one on each line, comma-separated;"
-        " images of the tasks' validation files are excluded in any case",
+        "files with names of images that no task may train on (a name on each line, .json, .npy),"
+        " comma-separated; coco:FILE if its numbers are COCO's; images of the tasks' validation"
+        " files are excluded in any case",
         FREE,
     )
     image_data: str = setting(
@@ -80,8 +82,9 @@ class MultitaskConfig(FinetuneConfig):
         super().check()
         if self.stop_and_go and self.schedule != "round-robin":
             raise UsageError(f"--stop-and-go needs --schedule round-robin, not {self.schedule}")
-        if self.stop_and_go and self.num_workers * 3 > LAG:
-            raise UsageError(f"--stop-and-go: --num-workers may be {LAG // 3} at most")
+        if self.stop_and_go and most_batches_ahead(self.num_workers) > LAG:
+            most = max(n for n in range(LAG) if most_batches_ahead(n) <= LAG)
+            raise UsageError(f"--stop-and-go: --num-workers may be {most} at most")
 
 
 def configs_of(

@@ -3,24 +3,23 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from typing import Any
 
 import torch
 
-from megatron_interbert.config.stores import split_paths
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.config import FinetuneConfig
 from megatron_interbert.tasks.multitask.config import MultitaskConfig, configs_of
+from megatron_interbert.tasks.multitask.image_lists import listed_images
 from megatron_interbert.tasks.multitask.same_images import SameImages
 from megatron_interbert.tasks.multitask.samples import MultitaskSet
 from megatron_interbert.tasks.multitask.schedule import Schedule, sampling_weights
 from megatron_interbert.tasks.multitask.task import MultiTask
 from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.task_flags import own_settings
 
 MakeJob = Callable[[Any, ParallelState], Job]
 MEAN = "mean"  # figure: the mean of the tasks' main figures
@@ -42,7 +41,7 @@ def multitask_job(
     }
     config.notes += [f"{name}: {note}" for name, own in configs.items() for note in own.notes]
     check_alike(jobs)
-    left_out = leave_out_images(config, jobs, state)
+    lost = leave_out_images(config, jobs, state)
     share_partitions(config, jobs)
 
     sizes = [job.samples.order.epoch_length for job in jobs.values()]
@@ -56,12 +55,13 @@ def multitask_job(
         MultitaskSet({name: job.samples for name, job in jobs.items()}, schedule, config),
         first.model_config,
         tuple(dict.fromkeys(head for job in jobs.values() for head in job.heads)),
-        joined_data(jobs, configs, left_out),
+        joined_data(jobs, configs, lost),
         first.vocabulary,
         model_options={"task_heads": joined_heads(jobs)},
         metric=config.metric or MEAN,
         figures=figures,
         patience=config.early_stopping,
+        valid_configs=tuple(configs.values()),
     )
     judged = {name: job for name, job in jobs.items() if job.evaluate is not None}
     if config.stop_and_go and len(judged) < len(jobs):
@@ -117,6 +117,11 @@ def check_alike(jobs: Mapping[str, Job]) -> None:
     for name, job in jobs.items():
         if job.model_options.get("text_only"):
             raise UsageError(f"{name}: a task without images cannot share a model with others")
+        if job.leave_out is None:
+            raise UsageError(
+                f"{name}: images that other tasks are evaluated on cannot be taken out of its"
+                " samples; train it alone"
+            )
         for what, one, other in (
             ("model sizes", first.model_config, job.model_config),
             ("vocabulary", first.data["vocabulary"], job.data["vocabulary"]),
@@ -131,29 +136,22 @@ def check_alike(jobs: Mapping[str, Job]) -> None:
 
 def leave_out_images(
     config: MultitaskConfig, jobs: Mapping[str, Job], state: ParallelState
-) -> dict[str, int]:
+) -> dict[str, list[str]]:
     """Take the images of every task's validation files, and those of --exclude-images, out of all
-    training samples; return how many samples each task has lost, and print it.
+    training samples; return the ids of the samples that each task has lost, and print how many
+    these are.
     """
-    names: set[str] = set()
-    for path in split_paths(config.exclude_images):
-        names.update(filter(None, map(str.strip, read_text(path, "--exclude-images").split("\n"))))
-
-    for job in jobs.values():
-        names |= job.judged_images
-
+    names = {name for job in jobs.values() for name in job.judged_images}
+    names |= listed_images(config.exclude_images)
     if config.image_data:
         names |= SameImages(config.image_data).others(names)
+    if not names:
+        return {name: [] for name in jobs}
 
-    lost = {}
-    for name, job in jobs.items():
-        lost[name] = job.leave_out(names) if job.leave_out else 0
-        if lost[name] and state.is_main:
-            print(
-                f"{name}: {lost[name]} training samples left out, whose images are among the"
-                f" {len(names)} to evaluate on",
-                flush=True,
-            )
+    lost = {name: job.leave_out(names) for name, job in jobs.items()}
+    if state.is_main:
+        counts = ", ".join(f"{name} {len(ids)}" for name, ids in lost.items())
+        print(f"training samples left out, whose images a task is evaluated on: {counts}")
 
     return lost
 
@@ -202,19 +200,20 @@ def joined_heads(jobs: Mapping[str, Job]) -> dict[str, Any]:
 
 
 def joined_data(
-    jobs: Mapping[str, Job], configs: Mapping[str, FinetuneConfig], left_out: Mapping[str, int]
+    jobs: Mapping[str, Job],
+    configs: Mapping[str, FinetuneConfig],
+    lost: Mapping[str, list[str]],
 ) -> dict[str, Any]:
     """Return the record of the data of all tasks that a checkpoint keeps."""
     first = next(iter(jobs.values()))
-    own = {name: only_own(asdict(config)) for name, config in configs.items()}
-    parts = [
-        json.dumps([name, job.data["manifest_sha256"], left_out[name], own[name]], sort_keys=True)
-        for name, job in jobs.items()
-    ]
+    digest = hashlib.sha256()
+    for name, job in jobs.items():
+        record = [name, job.data["manifest_sha256"], own_settings(configs[name]), lost[name]]
+        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
 
     return {
         "store": "; ".join(str(job.data["store"]) for job in jobs.values()),
-        "manifest_sha256": hashlib.sha256("\n".join(parts).encode()).hexdigest(),
+        "manifest_sha256": digest.hexdigest(),
         "detector": first.data["detector"],
         "vocabulary": first.data["vocabulary"],
         "task": f"multitask {','.join(jobs)}",
@@ -223,10 +222,5 @@ def joined_data(
             for job in jobs.values()
             for name, head in job.data.get("task_heads", {}).items()
         },
-        "left_out": dict(left_out),
+        "left_out": {name: len(ids) for name, ids in lost.items()},
     }
-
-
-def only_own(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a task on which its samples depend, beside its files."""
-    return {name: settings[name] for name in ("max_tokens", "max_regions") if name in settings}

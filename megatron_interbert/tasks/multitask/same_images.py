@@ -23,15 +23,14 @@ class SameImages:
 
         self.coco_of: dict[str, int] = {}
         for number, entry in enumerate(entries):
-            check_entry(entry, {"image_id": int}, f"--image-data {path}: image {number}")
+            where = f"--image-data {path}: image {number}"
+            key = "id" if isinstance(entry, dict) and "image_id" not in entry else "image_id"
+            check_entry(entry, {key: int}, where)  # `id` in the first version
             coco = entry.get("coco_id")
             if type(coco) is int:
-                self.coco_of[str(entry["image_id"])] = coco
+                self.coco_of[str(entry[key])] = coco
             elif coco is not None:
-                raise UsageError(
-                    f"--image-data {path}: image {number}: 'coco_id' is {coco!r:.60}, expected a"
-                    " number or null"
-                )
+                raise UsageError(f"{where}: 'coco_id' is {coco!r:.60}, expected a number or null")
 
         self.genome_of = {str(coco): genome for genome, coco in self.coco_of.items()}
 

@@ -3,8 +3,8 @@ evaluations so far.
 
 Round robin visits every task once in each round. Stop-and-go (12-in-1, arXiv 1912.02315): a task
 whose figure has not risen by 0.1 % in two evaluations stops, and joins only every fourth round,
-until its figure has fallen by 0.5 % from its best. Batches are read ahead, so a decision counts LAG
-steps after the evaluation it comes from, however many loader processes there are.
+until its figure has fallen by 0.5 % from its best. Batches are read ahead, so a decision takes
+effect LAG steps after its evaluation, however many loader processes there are.
 """
 
 import math
@@ -16,6 +16,7 @@ LAG = 64  # steps
 STALE = 2  # evaluations without a gain after which a task stops
 GAIN = 1.001
 FALL = 0.995
+COOLDOWN = 1  # evaluations
 GAP = 4  # rounds between two steps of a task that has stopped
 DRAW = 11  # purpose tag of CounterRandom
 
@@ -26,23 +27,26 @@ class Pace:
     def __init__(self) -> None:
         self.best = -math.inf
         self.stale = 0
+        self.cooling = 0  # evaluations that do not count, after a stop
         self.stopped = False
 
     def note(self, value: float) -> None:
         """Note an evaluation's figure."""
-        if self.stopped:
-            self.stopped = value >= self.best * FALL
-            self.best = max(self.best, value)
-            self.stale = 0
-            return
-
         if value > self.best * GAIN:
             self.best = value
             self.stale = 0
-            return
+        else:
+            self.stale += 1
 
-        self.stale += 1
-        self.stopped = self.stale >= STALE
+        if self.cooling:
+            self.cooling -= 1
+            self.stale = 0
+        if self.stale >= STALE:
+            self.stopped = True
+            self.cooling = COOLDOWN
+            self.stale = 0
+        if value < self.best * FALL:
+            self.stopped = False  # in the same evaluation: a task that falls never stops
 
 
 class Schedule:

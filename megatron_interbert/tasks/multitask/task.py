@@ -46,27 +46,30 @@ class MultiTask:
         return self.weights[batch.head] * loss + nothing_of(output), report
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Return `loss`, the mean over the tasks that the steps have trained, and each task's
-        metrics with its name before them.
+        """Return the metrics of the tasks that the steps have trained, each with the task's name
+        before it, and `loss`, the mean over these tasks.
         """
-        values: dict[str, float] = {"loss": 0.0}
+        values: dict[str, float] = {}
         losses = []
 
         for name, place in self.places.items():
-            found = self.tasks[name].metrics(report[place], steps)
-            if report[place, 2].any():
-                losses.append(self.weights[name] * found["loss"])
+            if not report[place, 2].any():
+                continue
 
+            found = self.tasks[name].metrics(report[place], steps)
+            losses.append(self.weights[name] * found["loss"])
             for figure, value in found.items():
                 values[f"{name}_{figure.removeprefix(f'{name}_')}"] = value
 
-        values["loss"] = sum(losses) / max(len(losses), 1)
-
-        return values
+        return {"loss": sum(losses) / max(len(losses), 1), **values}
 
     def line(self, values: dict[str, float]) -> str:
         """Return the text for a log line, such as `loss 0.4100 | vqa 1.700 | nlvr2 0.690`."""
-        parts = [f"{name} {values[f'{name}_loss']:.3f}" for name in self.tasks]
+        parts = [
+            f"{name} {values[f'{name}_loss']:.3f}"
+            for name in self.tasks
+            if f"{name}_loss" in values
+        ]
         return " | ".join([f"loss {values['loss']:.4f}", *parts])
 
 

@@ -12,7 +12,7 @@ from megatron_interbert.tasks.nlvr2.job import NLVR2, submission
 from megatron_interbert.tasks.nlvr2.samples import read_statements
 from megatron_interbert.tasks.results import Published
 
-VOLTA = "e-bug/volta, MODELS.md"
+VOLTA = "e-bug/volta, MODELS.md (pretrained on Conceptual Captions alone)"
 PUBLISHED = (
     Published("nlvr2", "VOLTA UNITER", {"accuracy": 73.73}, VOLTA, "test-P"),
     Published("nlvr2", "VOLTA ViLBERT", {"accuracy": 72.24}, VOLTA, "test-P"),

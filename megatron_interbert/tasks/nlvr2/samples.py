@@ -43,12 +43,12 @@ def record_of(entry: dict[str, Any], where: str) -> Record | Rejected:
     if not entry["sentence"].strip():
         return name, "the statement has no text"
 
-    label = entry.get("label")
-    if label is not None and str(label) not in CLASSES:
-        raise UsageError(f"{where}: label '{label}', expected True or False")
+    label = str(entry["label"]).capitalize() if entry.get("label") not in (None, "") else ""
+    if label not in ("", *CLASSES):
+        raise UsageError(f"{where}: label '{entry['label']}', expected True or False")
 
     split, group, pair, statement = parts
     images = tuple(f"{split}-{group}-{pair}-img{side}" for side in (0, 1))
-    answers = {} if label is None else {str(label): 1.0}
+    answers = {label: 1.0} if label else {}
 
     return Record(name, (entry["sentence"],), images, answers, f"{split}-{group}-{statement}")

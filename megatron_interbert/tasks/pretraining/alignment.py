@@ -66,12 +66,12 @@ def transport_plan(
     of_region = has_region / has_region.sum(dim=1, keepdim=True).clamp(min=1)
     plan = (has_word[:, :, None] & has_region[:, None, :]).to(cost)
     nearness = torch.exp(-cost / STEP)
-    right = of_region
+    left = of_word
 
-    for _ in range(ITERATIONS):
+    for _ in range(ITERATIONS):  # regions first, as UNITER
         kernel = nearness * plan
-        left = of_word / torch.einsum("blr,br->bl", kernel, right).clamp(min=LEAST)
         right = of_region / torch.einsum("blr,bl->br", kernel, left).clamp(min=LEAST)
+        left = of_word / torch.einsum("blr,br->bl", kernel, right).clamp(min=LEAST)
         plan = left[:, :, None] * kernel * right[:, None, :]
 
     return plan

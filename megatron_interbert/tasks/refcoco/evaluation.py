@@ -11,7 +11,7 @@ from megatron_interbert.tasks.refcoco.job import REFCOCO
 from megatron_interbert.tasks.refcoco.refs import read_expressions
 from megatron_interbert.tasks.results import Published
 
-VOLTA = "e-bug/volta, MODELS.md"
+VOLTA = "e-bug/volta, MODELS.md (pretrained on Conceptual Captions alone)"
 MATTNET = "lichengunc/MAttNet, README.md"
 PUBLISHED = (
     Published("refcoco+", "VOLTA UNITER", {"accuracy_det": 71.45}, VOLTA),

@@ -1,24 +1,25 @@
 """Read the referring expressions of REFER: references with their sentences, and COCO's boxes."""
 
-import io
-import pickle
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.reading import read_json, read_json_value, read_regular, reading
+from megatron_interbert.reading import read_json, read_json_value
 from megatron_interbert.tasks.grounding.boxes import corners_of
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
 from megatron_interbert.tasks.placing import Records, Rejected
+from megatron_interbert.tasks.plain_pickles import read_plain_pickle
 from megatron_interbert.tasks.records import check_entry
 from megatron_interbert.tasks.two_stores import TwoStores
 
 REF_KEYS = {"ref_id": int, "ann_id": int, "image_id": int, "split": str, "sentences": list}
 IMAGE_KEYS = {"id": int, "file_name": str, "width": (int, float), "height": (int, float)}
 BOX_KEYS = {"id": int, "image_id": int, "bbox": list}
+
+# x1 y1 x2 y2 by the ids of an image and of an annotation
+Boxes = dict[tuple[int, int], np.ndarray]
 
 
 def read_expressions(
@@ -54,7 +55,11 @@ def read_expressions(
 
 def read_refs(path: str) -> Iterator[dict[str, Any]]:
     """Yield the references of a file, a pickle of plain values or JSON."""
-    listed = read_json_value(path, "--refs") if path.endswith(".json") else read_plain_pickle(path)
+    listed = (
+        read_json_value(path, "--refs")
+        if path.endswith(".json")
+        else read_plain_pickle(path, "--refs")
+    )
     if not isinstance(listed, list):
         raise UsageError(f"--refs {path}: expected a list of references; give a file of REFER")
 
@@ -66,36 +71,8 @@ def read_refs(path: str) -> Iterator[dict[str, Any]]:
         yield entry
 
 
-class PlainUnpickler(pickle.Unpickler):
-    """Read a pickle of lists, dictionaries, texts and numbers: nothing in it can be called, because
-    no name is looked up, not even those of arrays, which pickles of features may name.
-    """
-
-    def find_class(self, module: str, name: str) -> Any:
-        """Refuse every name."""
-        raise pickle.UnpicklingError(f"it names {module[:40]}.{name[:40]}")
-
-
-def read_plain_pickle(path: str) -> Any:
-    """Read a pickle of plain values; raises UsageError for anything else."""
-    try:
-        with reading(path):
-            content = read_regular(Path(path))
-    except OSError as error:
-        raise UsageError(f"--refs: cannot read {path} ({error.strerror})") from error
-
-    try:
-        return PlainUnpickler(io.BytesIO(content), encoding="utf-8").load()
-    except Exception as error:  # a damaged pickle may raise almost anything
-        reason = " ".join(str(error).split())[:120]
-        raise UsageError(
-            f"--refs {path}: not a pickle of plain lists, texts and numbers ({reason}); give the"
-            " file of REFER, or the same as JSON"
-        ) from error
-
-
-def read_instances(path: str) -> tuple[dict[int, dict[str, Any]], dict[int, np.ndarray]]:
-    """Read the images of an instances.json, and the box of each annotation, x1 y1 x2 y2."""
+def read_instances(path: str) -> tuple[dict[int, dict[str, Any]], Boxes]:
+    """Read the images of an instances.json by id, and the boxes of annotations."""
     document = read_json(path, "--instances", keep=smaller)
     for key, keys in (("images", IMAGE_KEYS), ("annotations", BOX_KEYS)):
         if not isinstance(document.get(key), list):
@@ -107,7 +84,7 @@ def read_instances(path: str) -> tuple[dict[int, dict[str, Any]], dict[int, np.n
 
     images = {entry["id"]: entry for entry in document["images"]}
     boxes = {
-        entry["id"]: corners_of(entry["bbox"], f"{path}: annotations {number}")
+        (entry["image_id"], entry["id"]): corners_of(entry["bbox"], f"{path}: annotations {number}")
         for number, entry in enumerate(document["annotations"])
     }
 
@@ -121,11 +98,11 @@ def smaller(entry: dict[str, Any]) -> dict[str, Any]:
 
 
 def records_of(
-    entry: dict[str, Any], images: dict[int, dict[str, Any]], boxes: dict[int, np.ndarray]
+    entry: dict[str, Any], images: dict[int, dict[str, Any]], boxes: Boxes
 ) -> Iterator[RegionRecord | Rejected]:
     """Yield the sentences of a reference as records, or (id, reason) if it cannot be used."""
     image = images.get(entry["image_id"])
-    box = boxes.get(entry["ann_id"])
+    box = boxes.get((entry["image_id"], entry["ann_id"]))
 
     for sentence in entry["sentences"]:
         name = str(sentence["sent_id"])

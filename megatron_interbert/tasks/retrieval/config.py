@@ -77,8 +77,8 @@ class EvaluateRetrievalConfig(EvaluateConfig):
     )
     benchmark: str = option(
         "",
-        "the data are this benchmark's: show the paper's metrics beside ours",
-        ("", "flickr30k"),
+        "the data are this benchmark's: show published figures beside ours",
+        ("", "flickr30k", "coco-5k"),
         group="logging",
     )
     bf16: bool = option(

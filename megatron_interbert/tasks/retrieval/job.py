@@ -6,7 +6,8 @@ probabilities would tie near 1. Ties count against the model: a wrong candidate 
 ranks before the right one.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.classification import ClassificationTask
+from megatron_interbert.tasks.image_finder import shown_ids
+from megatron_interbert.tasks.overlaps import rows_without
 from megatron_interbert.tasks.parts import (
     describe_data,
     fitted_sizes,
@@ -83,16 +86,37 @@ def retrieval_job(config: RetrievalConfig, state: ParallelState) -> Job:
         patience=config.early_stopping,
     )
 
+    job.leave_out = partial(leave_out, job)
     if config.valid_data_path:
-        job.evaluate = evaluation_of(config, corpus, tokenizer)
+        pairs = valid_pairs(config, corpus, tokenizer)
+        job.judged_images = frozenset(shown_ids(pairs.corpus, pairs.images))
+        job.evaluate = evaluation_of(config, pairs)
+
     return job
 
 
-def evaluation_of(config: RetrievalConfig, corpus: Corpus, tokenizer: CaptionTokenizer) -> Evaluate:
-    """Return a function that evaluates a model on all pairs of --valid-data-path."""
+def leave_out(job: Job, names: Collection[str]) -> list[str]:
+    """Take the captions of images with some names out of a job's training samples; return their
+    numbers.
+    """
+    samples: RetrievalSet = job.samples
+    corpus = samples.corpus
+    captions = samples.samples
+    ids = shown_ids(corpus, corpus.caption_image[captions])
+    kept = captions[rows_without(names, [(image,) for image in ids], corpus.path)]
+    left = np.setdiff1d(captions, kept)
+    if len(left):
+        job.samples = RetrievalSet(corpus, samples.tokenizer, samples.config, kept)
+
+    return list(map(str, left))
+
+
+def valid_pairs(config: RetrievalConfig, corpus: Corpus, tokenizer: CaptionTokenizer) -> Pairs:
+    """Return the captions and images of --valid-data-path, to be scored."""
     valid = open_stores([config.valid_data_path], config)
     corpus.check_alike(valid.stores[0], config.allow_other_detector, "--valid-data-path")
-    pairs = choose_pairs(
+
+    return choose_pairs(
         valid,
         tokenizer,
         config.language,
@@ -100,6 +124,10 @@ def evaluation_of(config: RetrievalConfig, corpus: Corpus, tokenizer: CaptionTok
         config.max_regions,
         config.max_tokens,
     )
+
+
+def evaluation_of(config: RetrievalConfig, pairs: Pairs) -> Evaluate:
+    """Return a function that evaluates a model on all pairs of captions and images."""
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         batch = 4 * config.eval_batch_size

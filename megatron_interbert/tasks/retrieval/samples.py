@@ -36,12 +36,18 @@ class RetrievalSet:
     """
 
     def __init__(
-        self, corpus: Corpus, tokenizer: CaptionTokenizer, config: RetrievalConfig
+        self,
+        corpus: Corpus,
+        tokenizer: CaptionTokenizer,
+        config: RetrievalConfig,
+        captions: np.ndarray | None = None,
     ) -> None:
+        """Take all trainable captions of a corpus, or `captions`, of these numbers."""
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.config = config
-        self.samples = trainable_captions(corpus, config.language)
+        every = captions is None
+        self.samples = trainable_captions(corpus, config.language) if every else captions
         images = corpus.caption_image[self.samples]
 
         if not len(images) or (images == images[0]).all():

@@ -2,7 +2,9 @@
 rationales, predictions, metrics and the submission file.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,6 +16,7 @@ from megatron_interbert.errors import UsageError, local_errors
 from megatron_interbert.model.interbert import InterBert, InterBertOutput
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.classification import ClassificationTask
+from megatron_interbert.tasks.overlaps import rows_without
 from megatron_interbert.tasks.pairs import pair_fields
 from megatron_interbert.tasks.parts import (
     describe_data,
@@ -96,6 +99,7 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
         patience=config.early_stopping,
     )
 
+    job.leave_out = partial(leave_out, job, questions)
     if config.valid_annotations:
         valid_images = open_valid_images(config, images)
         valid = read_questions(config.valid_annotations, valid_images)
@@ -111,9 +115,25 @@ def vcr_job(config: VcrConfig, state: ParallelState) -> Job:
             )
             return vcr_metrics(valid.items, answers, rationales)
 
+        job.judged_images = frozenset(map(valid_images.id_of, valid.items))
         job.evaluate = evaluate
 
     return job
+
+
+def leave_out(job: Job, questions: Questions, names: Collection[str]) -> list[str]:
+    """Take the questions about images with some names out of a job's training samples; return their
+    ids.
+    """
+    samples: VcrSet = job.samples
+    images = [(samples.images.id_of(question),) for question in questions.items]
+    kept = rows_without(names, images, questions.path)
+    left = sorted(set(range(len(images))).difference(kept))
+    if left:
+        some = replace(questions, items=[questions.items[row] for row in kept])
+        job.samples = VcrSet(some, samples.images, samples.texts, samples.config)
+
+    return [questions.items[row].annot_id for row in left]
 
 
 def open_valid_images(config: VcrConfig, images: VcrImages) -> VcrImages:

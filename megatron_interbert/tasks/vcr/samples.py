@@ -24,7 +24,7 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.data.training_set import Fields
 from megatron_interbert.errors import UsageError
 from megatron_interbert.reading import read_text
-from megatron_interbert.tasks.image_finder import image_numbers
+from megatron_interbert.tasks.image_finder import image_numbers, shown_ids
 from megatron_interbert.tasks.pairs import Text, frame, pair_fields
 from megatron_interbert.tasks.two_stores import join_regions
 from megatron_interbert.tasks.vcr.config import VcrConfig
@@ -282,6 +282,13 @@ class VcrImages:
             question.objects
         ):
             raise BadQuestion("the numbers of annotated boxes and of objects differ")
+
+    def id_of(self, question: Question) -> str:
+        """Return the id of a question's image in the first of the stores that are open."""
+        if self.annotated is not None:
+            return shown_ids(self.annotated, [question.annotated])[0]
+
+        return shown_ids(self.detected, [question.detected])[0]
 
     def read(self, questions: Sequence[Question]) -> RegionBatch:
         """Read the regions of the questions' images, one image per question; boxes are shares of

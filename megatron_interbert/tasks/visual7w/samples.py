@@ -13,6 +13,7 @@ from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.records import check_entry
 from megatron_interbert.tasks.two_stores import TwoStores
 
+CHOICES = 4
 NUMBER = (int, float)
 IMAGE_KEYS = {"image_id": (int, str), "split": str, "qa_pairs": list}
 QA_KEYS = {"qa_id": int, "question": str, "answer": int, "multiple_choices": list}
@@ -86,8 +87,8 @@ def record_of(
         return name, "the question has no text"
     if any(type(choice) is not int or choice not in boxes for choice in choices):
         return name, "the file does not hold one of its boxes"
-    if len(set(choices)) < 2:
-        return name, "it has no wrong box to choose from"
+    if len(set(choices)) < CHOICES:
+        return name, "it has fewer than four boxes"
 
     # in the order of their ids, so that the right one has no place of its own
     order = sorted(set(choices))

@@ -12,7 +12,7 @@ from megatron_interbert.tasks.vqa.config import EvaluateVqaConfig
 from megatron_interbert.tasks.vqa.job import VQA, submission
 from megatron_interbert.tasks.vqa.samples import read_annotations, read_questions
 
-VOLTA = "e-bug/volta, MODELS.md"
+VOLTA = "e-bug/volta, MODELS.md (pretrained on Conceptual Captions alone)"
 OSCAR = "microsoft/Oscar, MODEL_ZOO.md"
 PUBLISHED = (
     Published("vqa-v2", "VOLTA UNITER", {"accuracy": 68.67}, VOLTA, "test-dev"),

@@ -42,19 +42,21 @@ def read_questions(
 
     Raises UsageError that names file and entry if a key is missing or of another kind. Questions
     are dropped and counted if they have no text or no image in the corpus or, given annotations, no
-    answers; if `whole`, that raises UsageError.
+    answers; if `whole`, that raises UsageError, and so does a file of a part of the test set.
     """
     if not questions:
         raise UsageError("--questions is missing; give v2_OpenEnded_.._questions.json of VQA")
 
     records = [
-        record_of(entry, name, answered) for path in questions for entry, name in entries_of(path)
+        record_of(entry, name, answered)
+        for path in questions
+        for entry, name in entries_of(path, whole)
     ]
 
     return place_in(corpus, ", ".join(questions), records, whole)
 
 
-def entries_of(path: str) -> Iterator[tuple[dict[str, Any], str]]:
+def entries_of(path: str, whole: bool) -> Iterator[tuple[dict[str, Any], str]]:
     """Yield (question, the name of its image) of a file."""
     document = read_json(path, "--questions")
     listed = document.get("questions")
@@ -62,6 +64,12 @@ def entries_of(path: str) -> Iterator[tuple[dict[str, Any], str]]:
         raise UsageError(f"--questions {path}: has no list 'questions'; give a file of VQA")
 
     subset = str(document.get("data_subtype") or "")
+    if whole and subset in IMAGES_OF:
+        raise UsageError(
+            f"--questions {path}: {subset} is a part of the test set, but the server wants answers"
+            " to all of it; give v2_OpenEnded_mscoco_test2015_questions.json"
+        )
+
     subset = IMAGES_OF.get(subset, subset)
     of_coco = document.get("data_type", COCO) == COCO and subset
 
