@@ -67,7 +67,8 @@ def write_store(
             if num_attributes:
                 shape = (len(regions.features), 1)
                 regions.attribute_ids = random.integers(num_attributes, size=shape)
-                regions.attribute_probs = random.uniform(size=shape)
+                # 0 where the attribute is unknown
+                regions.attribute_probs = np.maximum(random.uniform(-0.3, 1, size=shape), 0)
             writer.add(
                 regions,
                 [

@@ -95,9 +95,9 @@ class RunConfig(TrainConfig):
     )
     objectives: str = setting(
         ",".join(USUAL),
-        "losses to train on, comma-separated: msm words, mrm and mrc classes of regions (whole"
-        " distribution, most likely one), attributes theirs, mrfr their features,"
-        " itm matching, vqa answers to --questions, wra alignment",
+        "losses to train on, comma-separated: msm (words), mrm and mrc (classes of regions: the"
+        " whole distribution, the most likely one), attributes (of regions), mrfr (features of"
+        " regions), itm (matching), vqa (answers to --questions), wra (word-region alignment)",
         SAME,
         group="optimisation",
         fitted=True,
@@ -117,15 +117,15 @@ class RunConfig(TrainConfig):
     )
     mrfr_reduction: str = setting(
         "mean",
-        "squared errors of a region's feature: their mean (UNITER), or sum (the official code), as"
-        " many times larger as a feature has numbers",
+        "mean of a region's squared errors (UNITER), or their sum (the official code), which is"
+        " larger by the number of features",
         SAME,
         ("mean", "sum"),
         group="optimisation",
     )
     mrfr_normalise: bool = setting(
         False,
-        "predict features scaled to mean 0 and variance 1 each, whose scales differ otherwise",
+        "scale the features of each region to mean 0 and variance 1 before they are predicted",
         SAME,
         group="optimisation",
     )
@@ -278,13 +278,36 @@ class RunConfig(TrainConfig):
         """Take objectives that need no classes for regions without labels, and those of
         --objective-mix, unless --objectives are given.
         """
-        if not self.is_default("objectives"):
-            return
-        if mix := self.mix():
-            self.fit("objectives", ",".join(mix), "those of --objective-mix")
-        elif not has_labels:
+        self.fit_to_mix()
+        if self.is_default("objectives") and not self.objective_mix and not has_labels:
             reason = "the regions have no class labels to predict"
             self.fit("objectives", ",".join(WITHOUT_LABELS), reason)
+
+        self.check_objectives()
+
+    def fit_to_mix(self) -> None:
+        """Take the objectives of --objective-mix, unless --objectives are given."""
+        if self.objective_mix and self.is_default("objectives"):
+            self.fit("objectives", ",".join(self.mix()), "those of --objective-mix")
+
+    def check_objectives(self) -> None:
+        """Raise UsageError unless all flags of objectives are about those trained on."""
+        names = self.objective_names()
+        if "vqa" in names and not self.questions:
+            raise UsageError("--objectives vqa needs --questions, a YAML with their files")
+        if self.questions and "vqa" not in names:
+            raise UsageError(
+                f"--questions {self.questions}: nothing is trained on their answers; add vqa to"
+                " --objectives"
+            )
+
+        for name in read_weights(self.objective_weights, "--objective-weights"):
+            if name not in names:
+                raise UsageError(
+                    f"--objective-weights: {name} is not among --objectives {','.join(names)}"
+                )
+        if mix := self.mix():
+            check_mix(mix, names)
 
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
@@ -300,17 +323,8 @@ class RunConfig(TrainConfig):
                 "--eval-interval needs --valid-data-path, the region store to evaluate on"
             )
 
-        names = self.objective_names()
-        if "vqa" in names and not self.questions:
-            raise UsageError("--objectives vqa needs --questions, a YAML with their files")
-        if self.questions and "vqa" not in names:
-            raise UsageError(
-                f"--questions {self.questions}: nothing is trained on their answers; add vqa to"
-                " --objectives"
-            )
-
-        for name in read_weights(self.objective_weights, "--objective-weights"):
-            if name not in names:
-                raise UsageError(f"--objective-weights: {name} is not among --objectives {names}")
-        if (mix := self.mix()) and not self.is_default("objectives"):
-            check_mix(mix, names)
+        self.fit_to_mix()
+        if self.objective_mix or not self.is_default("objectives"):
+            self.check_objectives()  # else once it is known whether regions have classes
+        else:
+            read_weights(self.objective_weights, "--objective-weights")

@@ -122,6 +122,11 @@ class Corpus:
             for store in self.stores
         )
 
+    @property
+    def background_class(self) -> int | None:
+        """Return the class that is no object; None for clusters and where all are objects."""
+        return None if self.clusters else self.stores[0].manifest.get("background_class", 0)
+
     def add_texts(self, texts: TokenBatch, images: np.ndarray) -> None:
         """Number further texts about some of the images [n] after all captions."""
         self.added = texts

@@ -74,7 +74,8 @@ class PackedBatch:
     mismatched: torch.Tensor  # [B] 0 = matched, the class index of the matching head
     sample_ids: torch.Tensor  # [B]
     mrm_regions: torch.Tensor = field(default_factory=no_indexes)  # [Mr] the same as regions
-    # [Mr] attributes of the same regions and their probabilities
+    # [Ma] which of the same regions have known attributes, these, and their probabilities
+    mrm_attribute_rows: torch.Tensor = field(default_factory=no_indexes)
     mrm_attribute_ids: torch.Tensor = field(default_factory=no_indexes)
     mrm_attribute_probs: torch.Tensor = field(default_factory=no_scores)
     # the right answers of a downstream task

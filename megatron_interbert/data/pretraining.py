@@ -186,9 +186,14 @@ class PretrainingSet:
         """Build the fields of attributes, if they are trained on."""
         if not self.needs_attributes:
             return {}
+
+        probs = regions.attribute_probs[is_target, 0]
+        known = np.flatnonzero(probs > 0)
+
         return {
-            "mrm_attribute_ids": regions.attribute_ids[is_target, 0].astype(np.int64),
-            "mrm_attribute_probs": regions.attribute_probs[is_target, 0],
+            "mrm_attribute_rows": known,
+            "mrm_attribute_ids": regions.attribute_ids[is_target, 0][known].astype(np.int64),
+            "mrm_attribute_probs": probs[known],
         }
 
     def _answers(

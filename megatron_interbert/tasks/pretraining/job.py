@@ -83,7 +83,7 @@ def pretraining_job(config: RunConfig, state: ParallelState) -> Job:
         valid_corpus = open_validation(config, corpus)
         valid = PretrainingSet(valid_corpus, tokenizer, config_of_validation(config))
 
-    task = PretrainingTask(config, corpus.has_labels)
+    task = PretrainingTask(config, corpus.has_labels, corpus.background_class)
     data = describe_data(tokenizer, corpus)
     data["mined"] = (
         mined_negatives(corpus) if config.hard_negatives and samples.has_hard_negatives else []

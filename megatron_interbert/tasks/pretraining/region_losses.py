@@ -5,8 +5,6 @@ import torch.nn.functional as F
 
 from megatron_interbert.data.packing import PackedBatch
 
-BACKGROUND = 0  # the class that is no object
-
 
 def soft_label_kl(
     logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor
@@ -41,14 +39,24 @@ def hard_label(class_ids: torch.Tensor, class_probs: torch.Tensor) -> torch.Tens
 
 
 def hard_label_losses(
-    logits: torch.Tensor, class_ids: torch.Tensor, class_probs: torch.Tensor, confidence: bool
+    logits: torch.Tensor,
+    class_ids: torch.Tensor,
+    class_probs: torch.Tensor,
+    background: int | None,
+    confidence: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return (cross entropy [M], label [M]) of the detector's most likely class that is not
-    background (UNITER), from logits [M, C] and top-k labels [M, k]; background only if nothing else
-    is listed. With `confidence` a loss is multiplied by the label's probability (LXMERT, VOLTA).
+    `background` (UNITER), from logits [M, C] and top-k labels [M, k]; of background if nothing else
+    has a probability. With `confidence` a loss is multiplied by the label's probability (LXMERT,
+    VOLTA).
     """
-    of_objects = class_probs.masked_fill(class_ids == BACKGROUND, -1.0)
-    best = of_objects.argmax(dim=1, keepdim=True)
+    is_background = class_ids == (-1 if background is None else background)
+    no_object = is_background & (class_probs > 0)
+    best = class_probs.masked_fill(no_object, 0.0).argmax(dim=1, keepdim=True)
+    nothing = class_probs.gather(1, best) <= 0
+    best = torch.where(
+        nothing | is_background.gather(1, best), class_probs.argmax(dim=1, keepdim=True), best
+    )
     labels = class_ids.gather(1, best).squeeze(1)
     losses = F.cross_entropy(logits, labels, reduction="none")
     if confidence:
@@ -68,12 +76,12 @@ def feature_losses(
     features: torch.Tensor, batch: PackedBatch, normalise: bool, reduction: str
 ) -> torch.Tensor:
     """Return the squared errors [M] of predicted features [M, F]: summed over F or their mean, as
-    `reduction` says. With `normalise` the right features are scaled to mean 0 and variance 1.
+    `reduction` says. With `normalise` the true features are scaled to mean 0 and variance 1.
     """
-    right = batch.features.index_select(0, batch.mrm_regions).float()
+    true = batch.features.index_select(0, batch.mrm_regions).float()
     if normalise:
-        right = F.layer_norm(right, right.shape[1:])
+        true = F.layer_norm(true, true.shape[1:])
 
-    squares = (features - right).square()
+    squares = (features - true).square()
 
     return squares.sum(dim=1) if reduction == "sum" else squares.mean(dim=1)

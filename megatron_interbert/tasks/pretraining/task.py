@@ -14,6 +14,7 @@ from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBertOutput
 from megatron_interbert.tasks.pretraining.alignment import alignment_distances
+from megatron_interbert.tasks.pretraining.questions import HEAD
 from megatron_interbert.tasks.pretraining.region_losses import (
     attribute_losses,
     feature_losses,
@@ -34,9 +35,16 @@ class PretrainingTask:
     reported, those of classes only if the regions have some (`has_labels`).
     """
 
-    def __init__(self, config: RunConfig | None = None, has_labels: bool = True) -> None:
+    def __init__(
+        self,
+        config: RunConfig | None = None,
+        has_labels: bool = True,
+        background: int | None = 0,
+    ) -> None:
+        """Take the class that is no object, None if there is no such class."""
         config = config or RunConfig()
         self.config = config
+        self.background = background
         self.objectives = config.objective_names()
         usual = [name for name in USUAL if has_labels or name not in OF_CLASSES]
         self.names = tuple(n for n in OBJECTIVES if n in usual or n in self.objectives)
@@ -67,6 +75,7 @@ class PretrainingTask:
             output.mrm_logits,
             batch.mrm_class_ids,
             batch.mrm_class_probs,
+            self.background,
             self.config.mrc_confidence,
         )
         return losses.sum(), (output.mrm_logits.argmax(dim=1) == labels).sum()
@@ -83,7 +92,13 @@ class PretrainingTask:
     def count_targets(self, batch: PackedBatch) -> torch.Tensor:
         """Return the number of targets of each objective in a batch, float64 [objectives]."""
         words, regions, images = batch.target_counts().tolist()
-        counts = {"msm": words, "itm": images, "wra": images, "vqa": len(batch.labels)}
+        counts = {
+            "msm": words,
+            "attributes": len(batch.mrm_attribute_rows),
+            "itm": images,
+            "vqa": len(batch.labels),
+            "wra": images,
+        }
         drawn = self._drawn(batch)
         return torch.tensor(
             [counts.get(name, regions) if name in drawn else 0 for name in self.names],
@@ -91,7 +106,9 @@ class PretrainingTask:
         )
 
     def _sums(self, name: str, output: InterBertOutput, batch: PackedBatch) -> Sums:
-        """Return the sums of an objective; wra has no parameters and is not computed in vain."""
+        """Return the sums of an objective; wra, which has no parameters, is skipped in steps that
+        are not for it.
+        """
         if name == "wra" and name not in self._drawn(batch):
             nothing = output.itm_logits.new_zeros(())
             return nothing, nothing
@@ -119,7 +136,8 @@ class PretrainingTask:
 
         # A batch without targets of a kind gives 0 / 1, never NaN, and its head still gets a
         # gradient of zeros.
-        factors = self.factors[batch.head].to(sums.device)  # copied once: copies wait
+        # kept on the device, because every copy makes the host wait
+        factors = self.factors[batch.head].to(sums.device)
         self.factors[batch.head] = factors
         wanted = torch.where(factors > 0, sums * factors, 0.0)
         loss = (wanted / totals.to(sums).clamp(min=1.0)).sum()
@@ -131,14 +149,16 @@ class PretrainingTask:
         return loss, report
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Return the loss, accuracy and targets per step of each objective from a report summed
-        over `steps` steps; `loss` is the weighted sum of those trained on.
+        """Return the loss, accuracy and targets per step of each objective that had targets, from a
+        report summed over `steps` steps; `loss` is the weighted sum of those trained on.
         """
         values = {"loss": 0.0}
         factors = self.factors[""].tolist()
 
         for name, factor, row in zip(self.names, factors, report.double().tolist(), strict=True):
             loss, right, targets = row
+            if not targets:
+                continue  # no step was for it, or the samples have none
             values[f"{name}_loss"] = loss / max(targets, 1.0)
             if name in WITH_ACCURACY:
                 values[f"{name}_accuracy"] = right / max(targets, 1.0)
@@ -153,8 +173,8 @@ class PretrainingTask:
         """
         parts = [f"loss {values['loss']:.4f}"]
         for name in self.names:
-            if name == "vqa" and not values["vqa_targets"]:
-                continue  # a validation store has no questions
+            if f"{name}_loss" not in values:
+                continue
             accuracy = values.get(f"{name}_accuracy")
             hits = "" if accuracy is None else f" ({100 * accuracy:.1f} %)"
             parts.append(f"{name} {values[f'{name}_loss']:.3f}{hits}")
@@ -177,8 +197,9 @@ def masked_classes(output: InterBertOutput, batch: PackedBatch) -> Sums:
 def attributes(output: InterBertOutput, batch: PackedBatch) -> Sums:
     """Return the sums of attributes."""
     ids = batch.mrm_attribute_ids
-    losses = attribute_losses(output.attribute_logits, ids, batch.mrm_attribute_probs)
-    return losses.sum(), (output.attribute_logits.argmax(dim=1) == ids).sum()
+    logits = output.attribute_logits.index_select(0, batch.mrm_attribute_rows)
+    losses = attribute_losses(logits, ids, batch.mrm_attribute_probs)
+    return losses.sum(), (logits.argmax(dim=1) == ids).sum()
 
 
 def matching(output: InterBertOutput, batch: PackedBatch) -> Sums:
@@ -190,7 +211,7 @@ def matching(output: InterBertOutput, batch: PackedBatch) -> Sums:
 
 def answering(output: InterBertOutput, batch: PackedBatch) -> Sums:
     """Return the sums of answers to questions that are shown with their own images."""
-    logits = output.task_outputs["vqa"].index_select(0, batch.label_owner)
+    logits = output.task_outputs[HEAD].index_select(0, batch.label_owner)
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     return losses.sum(), (logits.argmax(dim=1) == batch.labels).sum()
 
