@@ -29,7 +29,7 @@ from megatron_interbert.config.options import argument, option, redefault
 from megatron_interbert.errors import UsageError
 from megatron_interbert.preparation.building.build import build
 from megatron_interbert.preparation.building.detectors import BACKGROUND, DetectorChoice
-from megatron_interbert.preparation.building.grids import RESIZES
+from megatron_interbert.preparation.building.extents import RESIZES
 from megatron_interbert.preparation.building.plan import BuildPlan
 from megatron_interbert.preparation.building.sources.photo_files import PhotoFiles, open_photos
 from megatron_interbert.preparation.building.sources.photos import PhotoSource, start_worker
@@ -37,7 +37,13 @@ from megatron_interbert.preparation.sharing import read_team
 from megatron_interbert.reading import read_text
 
 MOST_DECODERS = 8
-ALL_CELLS = 1 << 16  # of a grid
+ALL_CELLS = 1 << 31  # more than a grid has
+# flags that mean nothing without a detector, or without a backbone
+OF_DETECTOR = (
+    *("revision", "weights", "max_regions", "min_regions", "min_score", "soft_labels"),
+    "class_names",
+)
+OF_BACKBONE = ("backbone_revision", "grid", "pool", "resize")
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -86,7 +92,8 @@ class Options(BuildingOptions):
         " its middle alone",
         RESIZES,
     )
-    revision: str = option("", "branch, tag or commit on the hub")
+    revision: str = option("", "branch, tag or commit of the --detector on the hub")
+    backbone_revision: str = option("", "branch, tag or commit of the --backbone on the hub")
     weights: str = option("", "state dict for a torchvision detector; default: the published one")
     max_regions: int = option(36, "regions kept per photo at most", least=1)
     min_regions: int = option(10, "regions kept per photo even below --min-score")
@@ -114,8 +121,18 @@ class Options(BuildingOptions):
         super().check()
         if not self.detector and not self.backbone:
             raise UsageError("--detector and --backbone are both missing; give one, or both")
-        if not self.backbone and (self.grid or self.pool > 1):
-            raise UsageError("--grid and --pool are about the cells of a --backbone; give one")
+        for model, names in (("detector", OF_DETECTOR), ("backbone", OF_BACKBONE)):
+            given = [name for name in names if not self.is_default(name)]
+            if given and not getattr(self, model):
+                raise UsageError(
+                    f"{self.told(given[0])}: a setting of a --{model}; give one, or leave it out"
+                )
+
+        if self.detector and self.resize == "crop":
+            raise UsageError(
+                "--resize crop leaves out a part of each photo, where a --detector finds boxes;"
+                " give whole or pad"
+            )
 
         if self.min_regions > self.max_regions:
             raise UsageError(
@@ -153,6 +170,7 @@ def plan_of(options: Options, shown: bool = True) -> BuildPlan:
         options.device,
         options.soft_labels,
         options.backbone,
+        options.backbone_revision,
         tuple(options.grid),
         options.pool,
         options.resize,

@@ -17,19 +17,19 @@ from megatron_interbert.hf.scorer import InterBertScorer
 from megatron_interbert.photos import detect_regions, read_photo
 from megatron_interbert.preparation.building.choosing import load_detector
 from megatron_interbert.preparation.building.detectors import DetectorChoice
-from megatron_interbert.preparation.building.grids import (
+from megatron_interbert.preparation.building.extents import (
     Extent,
     cropped,
     padded,
-    pooled_boxes,
     visible_cells,
 )
+from megatron_interbert.preparation.building.grids import pooled_boxes
 from tests.launching import launch, pretrain, ran, records
 from tests.shared import SHARED, needs_shared
 from tests.tools.test_extract_features import make_detector
 
 PHOTOS = SHARED / "data" / "photos"
-KINDS = ("dinov2", "registers", "vit", "siglip", "resnet")
+KINDS = ("dinov2", "registers", "vit", "siglip", "resnet", "convnext", "swin")
 SIZES = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -68,6 +68,21 @@ def make_backbone(kind):
         config = t.SiglipConfig(vision_config=seeing.to_dict(), text_config=reading.to_dict())
         return t.SiglipModel(config), t.SiglipImageProcessorPil(size=side(64), **COLOURS)
 
+    if kind == "convnext":  # whose `patch_size` is that of the stem
+        config = t.ConvNextConfig(hidden_sizes=[8, 16, 24, 32], depths=[1] * 4)
+        processor = t.ConvNextImageProcessorPil(size={"shortest_edge": 128}, **COLOURS)
+        return t.ConvNextModel(config), processor
+
+    if kind == "swin":  # which joins patches of 4 pixels in three stages
+        config = t.SwinConfig(
+            image_size=128, embed_dim=4, depths=[1] * 4, num_heads=[1] * 4, window_size=4
+        )
+        return t.SwinModel(config), t.ViTImageProcessorPil(size=side(128), **COLOURS)
+
+    if kind == "mae":
+        config = t.ViTMAEConfig(image_size=64, patch_size=16, **SIZES)
+        return t.ViTMAEModel(config), t.ViTImageProcessorPil(size=side(64), **COLOURS)
+
     config = t.ResNetConfig(
         embedding_size=8, hidden_sizes=[8, 16, 24, 32], depths=[1] * 4, layer_type="basic"
     )
@@ -78,7 +93,7 @@ def make_backbone(kind):
 def folders(tmp_path_factory):
     """Save a backbone of each kind with its image processor; return their folders."""
     place = tmp_path_factory.mktemp("backbones")
-    for seed, kind in enumerate(KINDS):
+    for seed, kind in enumerate((*KINDS, "mae")):
         torch.manual_seed(seed)
         model, processor = make_backbone(kind)
         model.save_pretrained(place / kind)
@@ -109,9 +124,9 @@ def cells_by_hand(folder, pixels, kind):
     model = getattr(model, "vision_model", model)
     with torch.inference_mode():
         states = model(pixel_values=pixels[None]).last_hidden_state[0]
-    if kind == "resnet":
+    if kind in ("resnet", "convnext"):
         return states
-    first = {"dinov2": 1, "registers": 5, "vit": 1, "siglip": 0}[kind]
+    first = {"dinov2": 1, "registers": 5, "vit": 1, "siglip": 0, "swin": 0}[kind]
     return states[first:].T.reshape(-1, 4, 4)
 
 
@@ -141,12 +156,13 @@ def test_cells_are_those_of_the_model_alone(folders, kind):
         np.testing.assert_allclose(fewer.features, means, atol=1e-5)
         assert len(fewer.boxes) == rows * columns // 4
 
+    grid = (4, 8) if kind == "swin" else (2, 3)  # windows of swin have 4 cells a side
     wanted = load_detector(
-        DetectorChoice("", backbone=str(folders / kind), device="cpu", grid=(2, 3))
+        DetectorChoice("", backbone=str(folders / kind), device="cpu", grid=grid)
     )
     (other,) = wanted.detect([image])
-    assert len(other.boxes) == 6
-    assert wanted.describe()["grid"] == [2, 3]
+    assert len(other.boxes) == grid[0] * grid[1]
+    assert wanted.describe()["grid"] == list(grid)
 
 
 @pytest.mark.parametrize("resize", ["whole", "pad", "crop"])
@@ -289,7 +305,14 @@ def test_photos_become_a_store_without_labels_that_can_be_learnt(folders, tmp_pa
     [
         (("--grid", "14"), "'14', expected rows x columns, such as 14x14"),
         ((), "--detector and --backbone are both missing"),
-        (("--detector", "x/y", "--pool", "2"), "--grid and --pool are about the cells"),
+        (("--detector", "x/y", "--pool", "2"), "--pool 2: a setting of a --backbone"),
+        (("--detector", "x/y", "--resize", "pad"), "--resize pad: a setting of a --backbone"),
+        (("--backbone", "x/y", "--max-regions", "50"), "--max-regions 50: a setting of a --det"),
+        (("--backbone", "x/y", "--revision", "a"), "--revision a: a setting of a --detector"),
+        (
+            ("--detector", "x/y", "--backbone", "z/y", "--resize", "crop"),
+            "--resize crop leaves out a part of each photo",
+        ),
         (("--backbone", "nowhere"), "--backbone nowhere: no"),
     ],
 )
@@ -300,6 +323,20 @@ def test_backbones_that_cannot_be_used(folders, tmp_path, flags, message):
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "s").exists()
+
+
+def test_a_model_that_hides_patches_at_random_is_refused(folders):
+    choice = DetectorChoice("", backbone=str(folders / "mae"), device="cpu")
+    with pytest.raises(UsageError, match=r"ViTMAEModel (fails on a small|gives other features)"):
+        load_detector(choice)
+
+
+def test_boxes_of_a_photo_without_any(folders):
+    maps = torch.rand(5, 4, 4)
+    assert pooled_boxes(maps, np.zeros((0, 4))).shape == (0, 5)
+    many = np.random.default_rng(0).uniform(size=(150, 4))
+    parts = torch.cat([pooled_boxes(maps, many[n : n + 1]) for n in range(150)])
+    torch.testing.assert_close(pooled_boxes(maps, many), parts)
 
 
 def test_grids_that_do_not_divide(folders):

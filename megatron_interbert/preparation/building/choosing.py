@@ -26,12 +26,12 @@ def load_detector(choice: DetectorChoice) -> Detector:
     if not choice.backbone:
         return load_boxes(choice)
 
-    refuse_unreachable_hub(choice.backbone, choice.revision, "--backbone")
+    refuse_unreachable_hub(choice.backbone, choice.backbone_revision, "--backbone")
     try:
         if not choice.name:
             return GridDetector(choice)
 
-        boxes = load_boxes(dataclasses.replace(choice, revision="", backbone=""))
+        boxes = load_boxes(dataclasses.replace(choice, backbone=""))
         return PooledDetector(choice, boxes)
     except ModuleNotFoundError as error:
         raise UsageError(

@@ -36,7 +36,7 @@ class DetectorChoice:
     """Hold the user's choice of a detector; small enough to send to any process."""
 
     name: str  # folder or hub name of a transformers model, or torchvision:NAME
-    revision: str = ""
+    revision: str = ""  # of the detector
     # file with the state dict of a torchvision model; empty: the published weights
     weights: str = ""
     device: str = "auto"
@@ -44,9 +44,10 @@ class DetectorChoice:
     # a vision model of transformers whose cells are the regions, or, with a detector, whose
     # features are averaged over the detector's boxes
     backbone: str = ""
+    backbone_revision: str = ""
     grid: tuple[int, int] = ()  # rows and columns of cells; empty: as the model was trained
     pool: int = 1  # cells a side that are averaged into one
-    resize: str = "whole"  # how a picture becomes an input; see grids.py
+    resize: str = "whole"  # how a picture becomes an input; see extents.py
 
 
 @dataclass
@@ -320,28 +321,37 @@ class TransformersDetector(Detector):
         """Return the name (of a folder: its last part), commit on the hub, class, size of prepared
         pictures and hash of the weights.
         """
-        from transformers import __version__
-        from transformers.utils import cached_file
-
-        folder = Path(self.choice.name)
-        commit = getattr(self.model.config, "_commit_hash", None) or self.choice.revision
-        file = cached_file(
-            self.choice.name,
-            WEIGHTS_FILE,
-            revision=commit or None,
-            _raise_exceptions_for_missing_entries=False,
-        )
-
         return {
-            "name": folder.resolve().name if folder.is_dir() else self.choice.name,
-            "revision": commit,
-            "model": type(self.model).__name__,
+            **describe_model(self.choice.name, self.choice.revision, self.model),
             "size": _plain(self.processor.size),
-            "weights_sha256": file_sha256(file) if file else state_sha256(self.model.state_dict()),
-            "weights_hashed": WEIGHTS_FILE if file else "state dict",
             "preparation": type(self.processor).__name__,
-            "transformers": __version__,
         }
+
+
+def describe_model(name: str, revision: str, model: torch.nn.Module) -> dict[str, Any]:
+    """Return the name of a model of transformers (of a folder: its last part), its commit on the
+    hub, class and the hash of its weights.
+    """
+    from transformers import __version__
+    from transformers.utils import cached_file
+
+    folder = Path(name)
+    commit = getattr(model.config, "_commit_hash", None) or revision
+    file = cached_file(
+        name,
+        WEIGHTS_FILE,
+        revision=commit or None,
+        _raise_exceptions_for_missing_entries=False,
+    )
+
+    return {
+        "name": folder.resolve().name if folder.is_dir() else name,
+        "revision": commit,
+        "model": type(model).__name__,
+        "weights_sha256": file_sha256(file) if file else state_sha256(model.state_dict()),
+        "weights_hashed": WEIGHTS_FILE if file else "state dict",
+        "transformers": __version__,
+    }
 
 
 def _plain(size: Any) -> dict[str, int]:
