@@ -10,6 +10,7 @@ killed is resumable: run the same command again.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy as np
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import Flags, argument, option
 from megatron_interbert.data.corpus import Corpus
-from megatron_interbert.data.manifest import CENTROIDS
+from megatron_interbert.data.manifest import CENTROIDS, MANIFEST
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256, json_sha256
@@ -27,6 +28,7 @@ from megatron_interbert.preparation.mining.centroids import (
     forget_clusters,
     name_clusters,
     read_centroids,
+    remove_damaged,
 )
 from megatron_interbert.preparation.mining.clusters import KMeans, assign, find_centroids
 from megatron_interbert.preparation.mining.work import ClusterFolder, work_on
@@ -63,9 +65,13 @@ class Options(Flags):
 
 def run(options: Options) -> None:
     """Find the clusters and write them into the stores."""
+    for path in options.stores if options.overwrite else ():
+        if (Path(path) / MANIFEST).is_file() and remove_damaged(Path(path)):
+            print(f"{path}: its clusters are damaged, and are found again")
+
     corpora = [Corpus([path]) for path in options.stores]
     for corpus in corpora[1:]:
-        corpora[0].check_alike(corpus.stores[0], False, "STORE")
+        refuse_unlike(corpora[0].stores[0], corpus.stores[0])
 
     centroids = chosen_centroids(corpora, options)
     left = [corpus for corpus in corpora if is_without(corpus.stores[0], centroids)]
@@ -81,11 +87,28 @@ def run(options: Options) -> None:
         print(f"nothing to do: the stores have these {len(centroids.middles)} clusters")
 
 
+def refuse_unlike(one: RegionStore, other: RegionStore) -> None:
+    """Raise UsageError if the features of two stores cannot be compared."""
+    if one.feature_dim != other.feature_dim:
+        raise UsageError(
+            f"{other.path}: features of size {other.feature_dim}, but {one.path} has"
+            f" {one.feature_dim}; name stores of one model together"
+        )
+
+    ours, theirs = one.manifest["detector"] or {}, other.manifest["detector"] or {}
+    differing = sorted(k for k in {*ours, *theirs} if ours.get(k) != theirs.get(k))
+    if ours and theirs and differing:
+        raise UsageError(
+            f"{other.path}: features of another model than {one.path} ({', '.join(differing)}"
+            " differ); name stores of one model together"
+        )
+
+
 def chosen_centroids(corpora: list[Corpus], options: Options) -> Centroids:
     """Return the centroids of --like, those that the same command has left, or new ones."""
     if options.like:
         like = Corpus([options.like])
-        like.check_alike(corpora[0].stores[0], False, "STORE")
+        refuse_unlike(like.stores[0], corpora[0].stores[0])
         return centroids_of(like.stores[0], "--like")
 
     shaping = {name: getattr(options, name) for name in SHAPING}
@@ -137,7 +160,8 @@ def described(sizes: np.ndarray) -> str:
 
     return (
         f"{sizes.sum()} regions in {len(sizes)} clusters, {(sizes == 0).sum()} of them empty;"
-        f" the largest has {100 * shares.max():.1f} %; spread like {even:.0f} even ones"
+        f" the largest has {100 * shares.max():.1f} %; as diverse as {even:.0f} clusters of equal"
+        " size"
     )
 
 

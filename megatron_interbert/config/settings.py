@@ -18,7 +18,13 @@ class DataSettings(Flags):
         FREE,
         may_differ=True,
     )
-    max_regions: int = setting(36, "regions per image, first ones as stored", SAME, least=1)
+    max_regions: int = setting(
+        36,
+        "regions per image, first ones as stored; default: 36, or all cells of a grid",
+        SAME,
+        least=1,
+        fitted=True,
+    )
     max_tokens: int = setting(
         36,
         "tokens per caption with [CLS] and [SEP]",

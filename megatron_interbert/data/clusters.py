@@ -5,11 +5,10 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.data.hdf5 import reading_problem
+from megatron_interbert.data.manifest import REPEAT
 from megatron_interbert.data.neighbours import NoTable, read_neighbours
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-
-REPEAT = "find them again with interbert cluster-features --overwrite"
 
 
 class RegionClusters:

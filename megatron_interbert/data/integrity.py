@@ -19,7 +19,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from megatron_interbert.data.manifest import MANIFEST, files_of, read_manifest
+from megatron_interbert.data.manifest import MANIFEST, files_of, how_to_mend, read_manifest
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256, write_json
 from megatron_interbert.progress import log_lines, progress
@@ -34,10 +34,11 @@ Stamp = list[int]
 
 @dataclass
 class StoreFile:
-    """Hold a file of a store and its sha256 from the manifest."""
+    """Hold a file of a store, its sha256 from the manifest, and what to do if it is damaged."""
 
     path: Path
     sha256: str
+    mend: str
 
     def stamp(self) -> Stamp:
         """Return what changes with the content: size in bytes, mtime and ctime in ns, inode."""
@@ -123,7 +124,7 @@ class Integrity:
         for store in dict.fromkeys(map(Path, paths)):
             memory = Memory(store)
             for entry in files_of(read_manifest(store)):
-                file = StoreFile(store / entry["file"], entry["sha256"])
+                file = StoreFile(store / entry["file"], entry["sha256"], how_to_mend(entry))
                 if not memory.knows(file):
                     (changed if memory.saw_change(file) else unseen).append((memory, file))
 
@@ -193,7 +194,7 @@ def verify(files: Sequence[tuple[Memory, StoreFile]], bar_of: Callable[..., tqdm
                 if digest != file.sha256:
                     return (
                         f"{file.path}: sha256 differs from {MANIFEST}: the file has changed since"
-                        " the store was made; restore it, or rebuild the store"
+                        f" the store was made; {file.mend}"
                     )
 
                 memory.add(file, stamp)

@@ -23,6 +23,7 @@ CLUSTERS = "clusters.npy"  # the cluster of each region
 CENTROIDS = "centroids.safetensors"  # the middle of each cluster
 REPORT = "dropped.jsonl"
 PLAN = "plan.json"  # the settings of the build
+REPEAT = "find the clusters again with interbert cluster-features --overwrite"
 REBUILD = "restore it or rebuild the store with interbert build-features"
 
 
@@ -212,21 +213,28 @@ def _check_classes(manifest: dict[str, Any], where: str) -> None:
         )
 
 
+def how_to_mend(entry: dict[str, Any]) -> str:
+    """Return what to do if the file of an entry is damaged or missing."""
+    return REPEAT if entry["file"] in (CLUSTERS, CENTROIDS) else REBUILD
+
+
 def _check_file(store: Path, entry: dict[str, Any]) -> None:
     path = store / entry["file"]
+    mend = how_to_mend(entry)
+
     try:
         facts = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{path}: missing, but listed in {MANIFEST}; {REBUILD}") from None
+        raise UsageError(f"{path}: missing, but listed in {MANIFEST}; {mend}") from None
     except OSError as error:
         raise UsageError(_not_read(path, error)) from error
 
     if not stat.S_ISREG(facts.st_mode):
-        raise UsageError(f"{path}: not a regular file, but listed in {MANIFEST}; {REBUILD}")
+        raise UsageError(f"{path}: not a regular file, but listed in {MANIFEST}; {mend}")
 
     size = facts.st_size
     if size != entry["bytes"]:
-        raise UsageError(f"{path}: {size} bytes, expected {entry['bytes']} (truncated?); {REBUILD}")
+        raise UsageError(f"{path}: {size} bytes, expected {entry['bytes']} (truncated?); {mend}")
 
 
 def _not_read(path: Path, error: OSError) -> str:

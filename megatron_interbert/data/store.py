@@ -23,6 +23,7 @@ from megatron_interbert.data.manifest import (
     HARD_NEGATIVES,
     MANIFEST,
     files_of,
+    how_to_mend,
     read_manifest,
     sha256_of,
 )
@@ -95,7 +96,7 @@ class RegionStore:
             if sha256_of(self.path, entry) != entry["sha256"]:
                 raise UsageError(
                     f"{self.path / entry['file']}: sha256 differs from {MANIFEST} (corrupt);"
-                    " restore the file"
+                    f" {how_to_mend(entry)}"
                 )
 
     def open_shard(self, index: int) -> OpenShard:

@@ -7,12 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from megatron_interbert.files import file_sha256
-from megatron_interbert.reading import is_there, read_json
+from megatron_interbert.reading import is_there, read_json_value
 
 FILE = "baselines.json"  # in the folder of the files, or the one above
-ABOVE = 2
+FORMAT = "interbert baselines"
 
 Figures = Mapping[str, Mapping[str, float]]  # figures by the name of a baseline
+
+
+def document_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the content of FILE."""
+    return {"format": FORMAT, "entries": list(entries)}
 
 
 def entry_of(files: Sequence[str | Path], samples: int, figures: Figures) -> dict[str, Any]:
@@ -25,20 +30,17 @@ def baselines_of(files: Sequence[str | Path], samples: int) -> list[dict[str, An
     """Return the baselines that are known for so many samples of some files, as `results.table`
     shows them; none if there is no FILE near the first of them, or if it is about others.
     """
-    if not files:
-        return []
-
-    above = [Path(files[0]).resolve().parents[n] / FILE for n in range(ABOVE)]
-    found = next((path for path in above if is_there(path)), None)
-    if found is None:
-        return []
+    folders = [parent for file in files[:1] for parent in list(Path(file).resolve().parents)[:2]]
+    found = next((place / FILE for place in folders if is_there(place / FILE)), None)
+    document = read_json_value(found, FILE) if found else {}
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        return []  # a file of somebody else
 
     hashes = {file_sha256(file) for file in files}
-    entries = read_json(found, str(found)).get("entries", [])
     figures = next(
         (
             entry["figures"]
-            for entry in entries
+            for entry in document["entries"]
             if hashes.issuperset(entry["files"]) and entry["samples"] == samples
         ),
         {},

@@ -27,8 +27,31 @@ from megatron_interbert.weights.sources import open_weights, recognise
 
 
 def open_stores(paths: Sequence[str], config: TrainConfig | LoadConfig) -> Corpus:
-    """Open region stores as one corpus."""
-    return Corpus(paths, config.strict_boxes, config.allow_other_detector)
+    """Open region stores as one corpus; training on cells of a grid takes all of them by
+    default.
+    """
+    corpus = Corpus(paths, config.strict_boxes, config.allow_other_detector)
+    if isinstance(config, TrainConfig):
+        fit_regions(config, corpus)
+
+    return corpus
+
+
+def fit_regions(config: TrainConfig, corpus: Corpus) -> None:
+    """Raise a default --max-regions to the most cells of an image, if regions are those of a grid:
+    the first ones would be the upper part of each image.
+    """
+    cells = max(
+        (
+            int(store.region_counts().max())
+            for store in corpus.stores
+            if (store.manifest["detector"] or {}).get("grid")
+            and not (store.manifest["detector"] or {}).get("boxes")
+        ),
+        default=0,
+    )
+    if cells > config.max_regions and config.is_default("max_regions"):
+        config.fit("max_regions", cells, f"the images of {corpus.path} have up to {cells} cells")
 
 
 def verify_stores(config: TrainConfig | LoadConfig, state: ParallelState) -> Integrity:
@@ -137,14 +160,16 @@ def describe_data(
     corpus: Corpus | None,
     files: Sequence[str] = (),
     task: str | None = None,
+    content: str = "",
 ) -> dict[str, Any]:
     """Return the record of the data that a checkpoint keeps.
 
-    `files` are further files, besides the stores, that determine the samples.
+    `files` are further files, besides the stores, that determine the samples, and `content` is the
+    sha256 of others.
     """
     manifests = [content_sha256(store.path) for store in corpus.stores] if corpus else []
     manifests += [clusters.centroids for clusters in corpus.clusters] if corpus else []
-    hashes = manifests + [file_sha256(file) for file in files]
+    hashes = manifests + [file_sha256(file) for file in files] + [content] * bool(content)
 
     return {
         "store": ", ".join([*([corpus.path] if corpus else []), *files]),

@@ -1,7 +1,7 @@
 """Find the images of samples in region stores, and keep the samples that can be used."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -30,13 +30,14 @@ class AnyRecord(Protocol):
 @dataclass
 class Records:
     """Hold the usable samples of some files, the numbers of their images, int64 [n, ..], and what
-    was dropped.
+    was dropped; `content` is the sha256 of what was read in folders, if there are such.
     """
 
     files: str
     items: list[Any]
     images: np.ndarray
     drops: Drops = field(default_factory=Drops)
+    content: str = ""
 
     def __len__(self) -> int:
         return len(self.items)
@@ -81,11 +82,11 @@ class Records:
 
     def take(self, rows: Sequence[int]) -> "Records":
         """Return some of the samples, with all that was dropped."""
-        return Records(self.files, [self.items[row] for row in rows], self.images[rows], self.drops)
+        return replace(self, items=[self.items[row] for row in rows], images=self.images[rows])
 
     def with_images(self, images: np.ndarray) -> "Records":
         """Return the samples with other numbers for their images."""
-        return Records(self.files, self.items, images, self.drops)
+        return replace(self, images=images)
 
     @staticmethod
     def join(parts: Sequence["Records"]) -> "Records":

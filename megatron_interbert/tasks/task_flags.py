@@ -54,5 +54,12 @@ def config_of(
 
 
 def own_settings(config: FinetuneConfig) -> dict[str, Any]:
-    """Return the settings of a task on which its samples or losses depend, beside its files."""
-    return {name: getattr(config, name) for name, facts in rows(config) if facts.resume is SAME}
+    """Return the settings that only this task has, and on which its samples depend beside its
+    files.
+    """
+    of_all = {entry.name for entry in dataclasses.fields(FinetuneConfig)}.difference(OWN)
+    return {
+        name: getattr(config, name)
+        for name, facts in rows(config)
+        if facts.resume is SAME and name not in of_all
+    }

@@ -127,6 +127,10 @@ def with_our_answers(source: WeightSource, ours: Mapping[str, Any]) -> WeightSou
             begin = f"task_heads.{name}."
             layouts = {n: entry for n, entry in source.layouts.items() if not n.startswith(begin)}
             source = dataclasses.replace(source, layouts=layouts)
+            source.notes.append(
+                f"note: the head of {source.path} for {name} is for {theirs['rows']} rows of a"
+                f" sample, not {ours[name]['rows']}; it starts anew"
+            )
         elif theirs["answers"] != ours[name]["answers"]:
             source = with_answers(source, name, ours[name]["answers"])
 

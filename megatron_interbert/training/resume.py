@@ -294,6 +294,15 @@ def check_same_run(
         )
 
 
+def outputs_of_heads(data: dict[str, Any]) -> dict[str, Any]:
+    """Return what the outputs of each task's head mean, without the settings of its samples."""
+    heads = data.get("task_heads") or {}
+    return {
+        name: {key: value for key, value in head.items() if key != "settings"}
+        for name, head in heads.items()
+    }
+
+
 def check_same_model(
     manifest: dict[str, Any], model_config: ModelConfig, data: dict[str, Any], where: str
 ) -> None:
@@ -316,7 +325,7 @@ def check_same_model(
             " --save, and start from its weights by --init-from"
         )
 
-    if manifest["data"].get("task_heads") != data.get("task_heads"):
+    if outputs_of_heads(manifest["data"]) != outputs_of_heads(data):
         raise UsageError(
             f"{where}: made with other answers to choose from; give the same files, or another"
             " --save and these weights by --init-from"

@@ -499,8 +499,15 @@ def test_phrases_of_flickr30k_entities(stores, tmp_path):
     np.testing.assert_allclose(merged.targets, [expected], atol=1e-3)
     assert merged.texts == ("red cars", "A cat near red cars in the house")
 
+    content = records.content
     (tmp_path / "UNRELATED_CAPTIONS").write_text("# format\nCOCO_train2014_000000000001 2\n")
-    assert len(read_phrases(*files, stores)) == 5
+    fewer = read_phrases(*files, stores, whole=True)
+    assert len(fewer) == 5
+    assert fewer.drops.counts["the sentence is unrelated to the image"] == 2
+    assert fewer.content != content
+    sentences = tmp_path / "Sentences" / "COCO_train2014_000000000002.txt"
+    sentences.write_text(sentences.read_text().replace("cat", "dog"))
+    assert read_phrases(*files, stores).content not in (content, fewer.content)
     path = tmp_path / "Annotations" / "COCO_train2014_000000000001.xml"
     for content in ("<annotation>", "<annotation><size/></annotation>"):
         path.write_text(content)

@@ -214,7 +214,28 @@ def test_damaged_clusters(stores, damage, message):
     code, _, err = launch(*pretrain("--model", "tiny", "--data-path", train, "--train-iters", 1))
     assert code == 2
     assert message in err
+    assert "interbert cluster-features --overwrite" in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("name", [CLUSTERS, CENTROIDS])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: path.write_bytes(path.read_bytes()[:-4]),
+        lambda path: path.write_bytes(path.read_bytes()[:-1] + b"x"),
+        lambda path: path.unlink(),
+    ],
+)
+def test_damaged_files_are_found_again(stores, name, damage):
+    (train, _), _ = stores
+    ran(*tool(train, "--clusters", KINDS, "--overwrite"))
+    before = [(train / file).read_bytes() for file in (CLUSTERS, CENTROIDS)]
+    damage(train / name)
+    out = ran(*tool(train, "--clusters", KINDS, "--overwrite"))
+    assert "its clusters are damaged, and are found again" in out
+    assert [(train / file).read_bytes() for file in (CLUSTERS, CENTROIDS)] == before
+    RegionStore(str(train)).verify_hashes()
 
 
 def spoil(path, value):
@@ -248,6 +269,6 @@ def test_requests_that_cannot_be_met(stores, tmp_path):
 
 def test_summary_counts_what_clusters_are_worth():
     assert "40 regions in 5 clusters, 1 of them empty" in described(np.array([10, 10, 0, 10, 10]))
-    assert "the largest has 25.0 %; spread like 4 even ones" in described(
+    assert "the largest has 25.0 %; as diverse as 4 clusters of equal size" in described(
         np.array([10, 10, 0, 10, 10])
     )

@@ -91,6 +91,8 @@ def test_tasks_alone_and_together(world, called, monkeypatch, tmp_path, capsys):
     assert not called, "nothing is made twice"
     with pytest.raises(UsageError, match="made with other options than now"):
         run(monkeypatch, compare_tasks, *flags, "--seeds", "1,2", "--train-iters", 8)
+    with pytest.raises(UsageError, match="all: made with other options than now"):
+        run(monkeypatch, compare_tasks, *flags[:-1], "vqa,gqa", "--train-iters", 7)
     with pytest.raises(UsageError, match="unknown 'vqb'"):
         run(monkeypatch, compare_tasks, *flags[:-1], "vqb")
 
@@ -108,6 +110,14 @@ def test_parts_left_out(world, called, monkeypatch, tmp_path):
     assert len(images) == 5
     searches = [call for call in called if "retrieval" in call]
     assert all("--zero-shot" in call and "--images" in call for call in searches)
+
+    with pytest.raises(UsageError, match="retrieval: made with other options than now"):
+        run(monkeypatch, ablate_tasks, *flags[:-1], 6, "--only", "full", "--tasks", "vqa,rte")
+    run(
+        *(monkeypatch, ablate_tasks, *flags[:2], "--output", tmp_path / "more", "--images", 500),
+        *("--only", "full", "--tasks", "vqa", "--seeds", "1"),
+    )
+    assert "among 12 scenes" in (tmp_path / "more" / "ablation.md").read_text()
 
     with pytest.raises(UsageError, match=r"no hard_negatives.npy"):
         run(monkeypatch, ablate_tasks, *flags, "--only", "full,no-hard-negatives")

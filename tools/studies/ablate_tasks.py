@@ -30,6 +30,7 @@ from megatron_interbert.weights.manifest import versions
 from tools.studies.ablate import variants
 from tools.studies.compare_tasks import spread
 from tools.studies.options import read_seeds
+from tools.studies.stages import Written
 from tools.studies.variant_run import Variant
 from tools.studies.world_runs import WorldOptions, WorldRun, chosen
 from tools.studies.world_tasks import one_sided, tasks_of
@@ -66,6 +67,7 @@ class Ablation:
         self.names = chosen(options.only, "--only", self.every)
         self.tasks = {name: every[name] for name in chosen(options.tasks, "--tasks", every)}
         self.images = Path(options.output) / "images.txt"
+        self.scenes = 0
 
         if "no-hard-negatives" in self.names:
             check_mined(Path(options.train_path))
@@ -74,16 +76,16 @@ class Ablation:
         """Write the names of the scenes of retrieval."""
         check_writable(Path(self.options.output), "--output")
         store = RegionStore(f"{self.options.world}/test")
-        count = min(self.options.images, store.num_images)
+        self.scenes = min(self.options.images, store.num_images)
         self.images.parent.mkdir(parents=True, exist_ok=True)
-        write_text(self.images, "".join(f"{store.image_id(n)}\n" for n in range(count)))
+        write_text(self.images, "".join(f"{store.image_id(n)}\n" for n in range(self.scenes)))
 
     def figures(self, name: str, seed: int) -> Figures:
         """Return the figures of a variant for a seed, running what is missing."""
         run = WorldRun(self.options, Path(self.options.output) / name / f"seed-{seed}", seed)
         variant = self.every[name]
         start = run.pretrain(self._model(variant, run), *variant.flags)
-        data = ("--data-path", f"{self.options.world}/test", "--images", self.images)
+        data = ("--data-path", f"{self.options.world}/test", "--images", Written(self.images))
         words = ("retrieval", "--load", start, "--zero-shot", *data)
         found = run.stages.evaluate(start / "evaluation" / "retrieval", *words)
         figures = {RETRIEVAL: found["metrics"]["t2i_R@1"]}
@@ -161,7 +163,7 @@ def run(options: Options) -> None:
     note = (
         f"{options.pretrain_iters} steps of pretraining, {options.train_iters} of finetuning on a"
         f" task, {options.batch_size} samples each, seeds {options.seeds}; {RETRIEVAL} zero-shot"
-        f" among {options.images} scenes; in brackets the change against everything, and how many"
+        f" among {ablation.scenes} scenes; in brackets the change against everything, and how many"
         " seeds share its sign; generated scenes"
     )
     text = f"{table(found, ablation.every)}\n\n{note}\n"

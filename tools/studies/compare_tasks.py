@@ -22,6 +22,7 @@ from megatron_interbert.files import check_writable, write_json, write_text
 from megatron_interbert.progress import progress
 from megatron_interbert.weights.manifest import versions
 from tools.studies.options import read_seeds
+from tools.studies.stages import Written
 from tools.studies.world_runs import Result, WorldOptions, WorldRun, chosen
 from tools.studies.world_tasks import WorldTask, tasks_of
 
@@ -52,7 +53,7 @@ def results_of(options: Options, tasks: dict[str, WorldTask], seed: int) -> Foun
         file = run.folder / "tasks.yaml"
         flags = {name: task.training() for name, task in tasks.items()}
         write_text(file, yaml.safe_dump(flags, sort_keys=False))
-        given = {"task-flags": str(file)}
+        given = {"task-flags": Written(file)}
         tuned = run.finetune("all", "multitask", start, given, times=len(tasks))
         for name, task in tasks.items():
             found[name][TOGETHER] = run.evaluate(name, task, tuned)
@@ -71,7 +72,7 @@ def table(found: list[Found], tasks: dict[str, WorldTask]) -> str:
 
     for name, task in tasks.items():
         beside = found[0][name][ALONE].get("beside", [])
-        best = max((peer["figures"].get(task.figure, 0.0) for peer in beside), default=None)
+        best = max((peer["figures"][task.figure] for peer in beside), default=None)
         cells = [
             spread([of[name][how]["metrics"][task.figure] for of in found if how in of[name]])
             for how in (ALONE, TOGETHER)

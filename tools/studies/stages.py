@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ class Stages:
 
     def train(self, save: Path, steps: int, *command: object, seed: int) -> Path:
         """Train until a checkpoint of `steps` is in `save`; return `save`."""
-        self.same(save, flags_of(save), json.dumps([*map(str, command), str(steps)]))
+        self.same(save, flags_of(save), json.dumps([*map(content_of, command), str(steps)]))
         done = newest_checkpoint(save) if save.is_dir() else None
         if done is None or done.name != f"global_step{steps}":
             self.call(*command, "--seed", seed, "--train-iters", steps, "--save", save)
@@ -36,7 +37,7 @@ class Stages:
 
     def evaluate(self, folder: Path, *command: object) -> dict[str, Any]:
         """Evaluate into a folder; return its result.json."""
-        self.same(folder, flags_of(folder), json.dumps([*map(str, command)]))
+        self.same(folder, flags_of(folder), json.dumps([*map(content_of, command)]))
         result = folder / "result.json"
         if not result.is_file():
             self.call("evaluate", *command, "--output", folder)
@@ -91,3 +92,21 @@ def reason_of(printed: str) -> str:
 def flags_of(place: Path) -> Path:
     """Return the file that records the flags of a stage."""
     return place.with_name(f"{place.name}.flags.json")
+
+
+def content_of(word: object) -> str:
+    """Return a word of a command line; of a list or settings that a study has written its content,
+    which may change where the path does not.
+    """
+    written = isinstance(word, Written)
+    return f"{word.path.name}: {read_text(word.path, '--output')}" if written else str(word)
+
+
+@dataclass(frozen=True)
+class Written:
+    """Hold the path of a file that a study has written for a stage."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)

@@ -1,6 +1,7 @@
 """Pretrain on a generated world, finetune on its tasks and evaluate them, for one seed."""
 
 import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -71,7 +72,7 @@ class WorldRun:
         )
 
     def finetune(
-        self, name: str, command: str, start: Path, flags: dict[str, str], times: int = 1
+        self, name: str, command: str, start: Path, flags: Mapping[str, object], times: int = 1
     ) -> Path:
         """Finetune from pretrained weights for --train-iters steps, or so many times as many."""
         options = self.options
@@ -97,7 +98,7 @@ class WorldRun:
         return (*batch, "--num-workers", 0, "--log-interval", 100)
 
 
-def words_of(flags: dict[str, str]) -> tuple[str, ...]:
+def words_of(flags: Mapping[str, object]) -> tuple[object, ...]:
     """Return flags as words of a command line."""
     return tuple(word for name, value in flags.items() for word in (f"--{name}", value))
 

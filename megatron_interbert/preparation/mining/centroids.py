@@ -9,10 +9,10 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from megatron_interbert.data.manifest import CENTROIDS, CLUSTERS, MANIFEST, sha256_of
+from megatron_interbert.data.manifest import CENTROIDS, CLUSTERS, MANIFEST, REPEAT, sha256_of
 from megatron_interbert.data.store import RegionStore
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_entry, write_by_name, write_json
+from megatron_interbert.files import file_entry, file_sha256, write_by_name, write_json
 from megatron_interbert.reading import read_json
 
 NAME = "centroids"
@@ -57,7 +57,7 @@ def centroids_of(store: RegionStore, flag: str) -> Centroids:
     found = read_centroids(store.path)
     whole = sha256_of(store.path, entry["centroids"]) == entry["centroids"]["sha256"]
     if found is None or not whole:
-        raise UsageError(f"{store.path / CENTROIDS}: differs from {MANIFEST} (corrupt)")
+        raise UsageError(f"{store.path / CENTROIDS}: differs from {MANIFEST} (corrupt); {REPEAT}")
 
     return found
 
@@ -81,3 +81,26 @@ def forget_clusters(store: Path) -> None:
     manifest = read_json(store / MANIFEST, "region store")
     if manifest.pop("clusters", None) is not None:
         write_json(store / MANIFEST, manifest)
+
+
+def remove_damaged(store: Path) -> bool:
+    """Remove clusters and centroids that are not as a store's manifest says; return whether there
+    were some.
+    """
+    entry = read_json(store / MANIFEST, "region store").get("clusters")
+    if not isinstance(entry, dict):
+        return False
+
+    try:
+        whole = all(
+            file_sha256(store / name) == of["sha256"]
+            for name, of in ((CLUSTERS, entry), (CENTROIDS, entry["centroids"]))
+        )
+    except (FileNotFoundError, KeyError, TypeError):
+        whole = False
+
+    if not whole:
+        forget_clusters(store)
+        (store / CENTROIDS).unlink(missing_ok=True)
+
+    return not whole

@@ -14,7 +14,7 @@ from megatron_interbert.files import write_json
 from megatron_interbert.progress import progress
 from megatron_interbert.tasks.answering.baselines import answer_by_image, answer_by_text
 from megatron_interbert.tasks.answering.job import Metrics as AnswerMetrics
-from megatron_interbert.tasks.baselines import FILE, entry_of
+from megatron_interbert.tasks.baselines import FILE, document_of, entry_of
 from megatron_interbert.tasks.flickr30k_entities.job import ENTITIES
 from megatron_interbert.tasks.flickr30k_entities.samples import read_phrases
 from megatron_interbert.tasks.gqa.metrics import gqa_metrics
@@ -225,7 +225,7 @@ def pointing_in(folder: Path) -> Iterator[RegionFiles]:
 def write_baselines(folder: Path) -> None:
     """Write the figures of all tasks of a generated world that read only one side."""
     tasks = progress(list(tasks_in(folder)), desc="baselines of tasks", unit="task")
-    write_json(folder / FILE, {"entries": [task.entry() for task in tasks]})
+    write_json(folder / FILE, document_of([task.entry() for task in tasks]))
 
 
 def write_vcr_baselines(folder: Path) -> None:
@@ -239,4 +239,4 @@ def write_vcr_baselines(folder: Path) -> None:
         "word overlap": vcr_metrics(asked, *scores_by_overlap(asked)),
         "text only": vcr_metrics(asked, *TextOnly(trained).scores(asked)),
     }
-    write_json(folder / FILE, {"entries": [entry_of(files[1:], len(asked), figures)]})
+    write_json(folder / FILE, document_of([entry_of(files[1:], len(asked), figures)]))

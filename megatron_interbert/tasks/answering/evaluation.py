@@ -63,7 +63,7 @@ def evaluate_answers(
     model, source = load_with_head(task.name, head_of, config, state, device)
     kept = kept_head(task.name, source)
     answers = AnswerList(kept["answers"])
-    task = replace(task, side_by_side=kept["rows"] < task.images)
+    task = replace(task, side_by_side=kept.get("side_by_side", False))
     as_trained(config, source, task.name)
     corpus, tokenizer = open_for(config, source, config.stores())
     fit_length(config, source.config)

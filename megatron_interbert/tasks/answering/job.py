@@ -28,6 +28,7 @@ from megatron_interbert.tasks.parts import (
 )
 from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.task_flags import own_settings
 
 Metrics = Callable[[Sequence[Record], Sequence[str]], dict[str, float]]
 
@@ -63,7 +64,11 @@ class Answering:
 
     def record(self, answers: AnswerList) -> dict[str, object]:
         """Return what a checkpoint keeps of the head."""
-        return {"answers": list(answers.answers), "rows": self.rows}
+        return {
+            "answers": list(answers.answers),
+            "rows": self.rows,
+            "side_by_side": self.side_by_side,
+        }
 
     def lay_out(
         self,
@@ -143,8 +148,7 @@ def answer_job(
         return AnswerSet(samples, Targets(records, answers), config)
 
     data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
-    settings = {"max_tokens": config.max_tokens, "max_regions": config.max_regions}
-    data["task_heads"] = {task.name: {**task.record(answers), "settings": settings}}
+    data["task_heads"] = {task.name: {**task.record(answers), "settings": own_settings(config)}}
 
     job = Job(
         AnswerTask(task.name, task.rows, task.soft),

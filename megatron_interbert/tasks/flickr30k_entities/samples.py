@@ -1,5 +1,6 @@
 """Read Flickr30k Entities: sentences whose phrases name chains, and the boxes of each chain."""
 
+import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import file_sha256
 from megatron_interbert.reading import is_there, read_text
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
 from megatron_interbert.tasks.placing import Records, Rejected
@@ -18,6 +20,7 @@ from megatron_interbert.tasks.two_stores import TwoStores
 PHRASE = re.compile(r"\[/EN#(\d+)((?:/[^\s\]]+)+)\s+([^\]]*)\]")
 NOT_VISUAL = "0"
 UNRELATED = "UNRELATED_CAPTIONS"
+OF_UNRELATED = "the sentence is unrelated to the image"
 SIDES = ("xmin", "ymin", "xmax", "ymax")
 
 
@@ -49,10 +52,10 @@ def read_phrases(
     """Read the phrases of the images that a file lists, each with the boxes of its chain, or with
     the one box around all if `merged`; with `context` also the sentence.
 
-    Left out are phrases without boxes (not visual, scenes, or outside the picture) and sentences
-    that the data set lists as unrelated to their image; that is no drop. Raises UsageError that
-    names a file that is missing or damaged. Phrases without an image in the stores are dropped and
-    counted; if `whole`, that raises UsageError.
+    Phrases without boxes (not visual, scenes, or outside the picture) and those of sentences that
+    the data set lists as unrelated to their image are no part of the task; they are counted as
+    dropped. So are phrases without an image in the stores; if `whole`, that raises UsageError.
+    Raises UsageError that names a file that is missing or damaged.
     """
     if not folder or not images:
         raise UsageError(
@@ -62,16 +65,35 @@ def read_phrases(
 
     root = Path(folder)
     unrelated = read_unrelated(root / UNRELATED)
+    digest = hashlib.sha256(repr(sorted(unrelated)).encode())
     records: list[RegionRecord | Rejected] = []
 
     for image in read_text(images, "--images").split():
         annotation, sentences = files_of(root, image, images)
+        for path in (annotation, sentences):
+            digest.update(file_sha256(path).encode())
+
         chains = read_chains(annotation)
         for number, line in enumerate(sentences_of(sentences), 1):
-            if (image, number) not in unrelated:
-                records += records_of(image, number, line, chains, context, merged)
+            found = list(records_of(image, number, line, chains, context, merged))
+            if (image, number) in unrelated:
+                found = [(name_of(record), OF_UNRELATED) for record in found]
+            records += found
 
-    return place_in(stores, images, records, whole)
+    boxless = [record for record in records if isinstance(record, tuple)]
+    placed = place_in(
+        stores, images, [record for record in records if not isinstance(record, tuple)], whole
+    )
+    for name, reason in boxless:
+        placed.drops.add(reason, name)
+    placed.content = digest.hexdigest()
+
+    return placed
+
+
+def name_of(record: RegionRecord | Rejected) -> str:
+    """Return the id of a phrase."""
+    return record[0] if isinstance(record, tuple) else record.id
 
 
 def files_of(root: Path, image: str, images: str) -> tuple[Path, Path]:
@@ -142,19 +164,27 @@ def read_chains(path: Path) -> Chains:
 
 def records_of(
     image: str, number: int, line: str, chains: Chains, context: bool, merged: bool
-) -> Iterator[RegionRecord]:
-    """Yield the phrases of a sentence that have boxes; facts are their kinds."""
+) -> Iterator[RegionRecord | Rejected]:
+    """Yield the phrases of a sentence that have boxes, with their kinds as facts, and (id, reason)
+    of the others.
+    """
     sentence, phrases = parse_sentence(line)
 
     for place, phrase in enumerate(phrases):
+        name = f"{image}-{number}-{place}"
         boxes = chains.boxes.get(phrase.chain)
-        if phrase.chain == NOT_VISUAL or boxes is None or not phrase.text:
+        if phrase.chain == NOT_VISUAL:
+            yield name, "the phrase is not visual"
+            continue
+        if boxes is None:
+            yield name, "the phrase has no box"
+            continue
+        if not phrase.text:
+            yield name, "the phrase has no text"
             continue
 
         if merged:
             boxes = np.concatenate([boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)])[None]
 
         texts = (phrase.text, sentence) if context else (phrase.text,)
-        yield RegionRecord(
-            f"{image}-{number}-{place}", texts, (image,), chains.size, boxes, facts=phrase.kinds
-        )
+        yield RegionRecord(name, texts, (image,), chains.size, boxes, facts=phrase.kinds)

@@ -75,6 +75,7 @@ def evaluate_regions(
         "samples": len(records),
         "dropped": dict(records.drops.counts),
         "iou_convention": config.iou,
+        **({"content_sha256": records.content} if records.content else {}),
     }
     data = [*files, *map(str, manifests[1:])]
     result = result_of(config, "finetuned", metrics, source, corpus, data, published, **more)

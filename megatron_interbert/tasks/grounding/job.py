@@ -29,6 +29,7 @@ from megatron_interbert.tasks.parts import (
 )
 from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.task_flags import own_settings
 from megatron_interbert.tasks.two_stores import TwoStores
 
 # Tells whether boxes [n, 4] are right for a sample, bool [n], under a convention of IoU.
@@ -153,9 +154,10 @@ def region_job(
         return RegionSet(samples, records, config, config.iou)
 
     others = [str(s.path / MANIFEST) for corpus in stores.corpora[1:] for s in corpus.stores]
-    data = describe_data(opened.tokenizer, stores.corpora[0], [*others, *files], task.name)
-    settings = {"max_tokens": config.max_tokens, "max_regions": config.max_regions}
-    data["task_heads"] = {task.name: {"settings": settings}}
+    data = describe_data(
+        opened.tokenizer, stores.corpora[0], [*others, *files], task.name, records.content
+    )
+    data["task_heads"] = {task.name: {"settings": own_settings(config)}}
     figures = task.names(valid[1] if valid else stores)
 
     job = Job(

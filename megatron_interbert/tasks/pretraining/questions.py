@@ -1,6 +1,7 @@
 """Read questions about the images to pretrain on, in the formats of tasks that have answers."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,21 +9,26 @@ import numpy as np
 
 from megatron_interbert.config.options import nearest
 from megatron_interbert.config.pretraining import RunConfig
-from megatron_interbert.config.yaml_file import read_mapping
+from megatron_interbert.config.yaml_file import key_of, read_mapping
 from megatron_interbert.data.questions import Questions
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.answering.samples import AnswerSet
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
+from megatron_interbert.tasks.config import FinetuneConfig
 from megatron_interbert.tasks.gqa.config import GqaConfig
 from megatron_interbert.tasks.gqa.job import gqa_job
+from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.task_flags import config_of
 from megatron_interbert.tasks.vqa.config import VqaConfig
 from megatron_interbert.tasks.vqa.job import vqa_job
 from megatron_interbert.tasks.vqa.visual_genome import VgqaConfig, vgqa_job
 
 FORMATS = {"vqa": (VqaConfig, vqa_job), "gqa": (GqaConfig, gqa_job), "vgqa": (VgqaConfig, vgqa_job)}
+# flags that say which questions there are, and which answers
+OF_FILES = {"questions", "annotations", "answers", "min_occurrences", "balanced"}
+CHOOSING = ("balanced", "min_occurrences")  # those that are no files
 HEAD = "vqa"  # under which a checkpoint keeps the head, so that evaluate vqa finds it
 
 
@@ -52,10 +58,12 @@ def read_questions(config: RunConfig, state: ParallelState) -> Asked | None:
     answers: list[AnswerList] = []
     record: list[str] = []
     for name, given in read_mapping(config.questions, "--questions").items():
-        job = job_of(config, name, given, state)
+        own, make_job = config_for(config, name, given)
+        job = make_job(own, state)
         sets.append(job.samples)
         answers.append(AnswerList(job.data["task_heads"][name]["answers"]))
-        record.append(f"{name} {job.data['manifest_sha256']}")
+        settings = {flag: getattr(own, flag) for flag in CHOOSING if hasattr(own, flag)}
+        record.append(json.dumps([name, job.data["manifest_sha256"], settings]))
 
     if not sets:
         raise UsageError(f"--questions {config.questions}: names no files")
@@ -64,8 +72,12 @@ def read_questions(config: RunConfig, state: ParallelState) -> Asked | None:
     return Asked(joined(sets, answers, every), every, record)
 
 
-def job_of(config: RunConfig, name: str, given: Mapping[str, Any], state: ParallelState) -> Any:
-    """Build the finetuning job of one task of --questions, whose samples are the questions."""
+def config_for(
+    config: RunConfig, name: str, given: Any
+) -> tuple[FinetuneConfig, Callable[..., Job]]:
+    """Return the settings of one task of --questions, and what makes its finetuning job, whose
+    samples are the questions.
+    """
     if name not in FORMATS:
         raise UsageError(
             f"{config.questions}: no format '{name}'{nearest(name, FORMATS)}, expected some of"
@@ -73,14 +85,16 @@ def job_of(config: RunConfig, name: str, given: Mapping[str, Any], state: Parall
         )
 
     kind, make_job = FORMATS[name]
-    own = config_of(config, config.questions, name, kind, given)
-    if own.data_path != config.data_path:
+    beside = (
+        [flag for flag in given if key_of(flag) not in OF_FILES] if isinstance(given, dict) else []
+    )
+    if beside:
         raise UsageError(
-            f"{config.questions}: {name}: 'data_path' is given; questions are about the images of"
-            " the run's --data-path"
+            f"{config.questions}: {name}: '{beside[0]}' has no meaning in pretraining; expected"
+            f" some of {', '.join(sorted(OF_FILES))}"
         )
 
-    return make_job(own, state)
+    return config_of(config, config.questions, name, kind, given), make_job
 
 
 def joined(sets: list[AnswerSet], answers: list[AnswerList], every: AnswerList) -> Questions:
