@@ -24,8 +24,9 @@ from megatron_interbert.tasks.guesswhat.config import (
     GuesserConfig,
     OracleConfig,
 )
-from megatron_interbert.tasks.guesswhat.guesser import evaluate_guesser, guesser_job
-from megatron_interbert.tasks.guesswhat.oracle import evaluate_oracle, oracle_job
+from megatron_interbert.tasks.guesswhat.evaluation import evaluate_guesser, evaluate_oracle
+from megatron_interbert.tasks.guesswhat.guesser import guesser_job
+from megatron_interbert.tasks.guesswhat.oracle import oracle_job
 from megatron_interbert.tasks.multitask.config import MultitaskConfig
 from megatron_interbert.tasks.multitask.job import multitask_job
 from megatron_interbert.tasks.nlvr2.config import EvaluateNlvr2Config, Nlvr2Config
@@ -57,18 +58,15 @@ from megatron_interbert.tasks.snli_ve.job import snli_ve_job
 from megatron_interbert.tasks.vcr.config import EvaluateVcrConfig, VcrConfig
 from megatron_interbert.tasks.vcr.evaluation import evaluate_vcr
 from megatron_interbert.tasks.vcr.job import vcr_job
+from megatron_interbert.tasks.vgqa.config import EvaluateVgqaConfig, VgqaConfig
+from megatron_interbert.tasks.vgqa.evaluation import evaluate_vgqa
+from megatron_interbert.tasks.vgqa.job import vgqa_job
 from megatron_interbert.tasks.visual7w.config import EvaluateVisual7wConfig, Visual7wConfig
 from megatron_interbert.tasks.visual7w.evaluation import evaluate_visual7w
 from megatron_interbert.tasks.visual7w.job import visual7w_job
 from megatron_interbert.tasks.vqa.config import EvaluateVqaConfig, VqaConfig
 from megatron_interbert.tasks.vqa.evaluation import evaluate_vqa
 from megatron_interbert.tasks.vqa.job import vqa_job
-from megatron_interbert.tasks.vqa.visual_genome import (
-    EvaluateVgqaConfig,
-    VgqaConfig,
-    evaluate_vgqa,
-    vgqa_job,
-)
 
 
 @dataclass(frozen=True)
@@ -114,6 +112,6 @@ REGISTRY = {
     "topic_scores": Row(ScoreTopicsConfig, score_topics),
 }
 SINGLE = {name: (row.config, row.make_job) for name, row in REGISTRY.items() if row.config}
-# several of them in one run are judged one by one
+# multitask evaluates its tasks one at a time
 FINETUNED = {**SINGLE, "multitask": (MultitaskConfig, partial(multitask_job, known=SINGLE))}
 EVALUATED = {name: (row.evaluate_config, row.evaluate) for name, row in REGISTRY.items()}

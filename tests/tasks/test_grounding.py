@@ -28,7 +28,8 @@ from megatron_interbert.tasks.grounding.samples import RegionSamples, RegionSet
 from megatron_interbert.tasks.grounding.task import RegionTask
 from megatron_interbert.tasks.guesswhat.games import read_games
 from megatron_interbert.tasks.guesswhat.guesser import read_dialogues
-from megatron_interbert.tasks.guesswhat.oracle import OracleSamples, read_turns
+from megatron_interbert.tasks.guesswhat.oracle import read_turns
+from megatron_interbert.tasks.guesswhat.oracle_samples import OracleSamples
 from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.refcoco.config import RefcocoConfig
 from megatron_interbert.tasks.refcoco.job import REFCOCO

@@ -12,6 +12,7 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.vocabulary import read_answers
+from megatron_interbert.tasks.vgqa.samples import read_questions as read_visual_genome
 from megatron_interbert.tasks.vqa.answers import (
     normalise_answer,
     official_accuracy,
@@ -25,7 +26,6 @@ from megatron_interbert.tasks.vqa.samples import (
     read_annotations,
     read_questions,
 )
-from megatron_interbert.tasks.vqa.visual_genome import read_questions as read_visual_genome
 from tests.shared import SHARED, needs_shared
 from tests.tasks.test_vcr import write_regions
 

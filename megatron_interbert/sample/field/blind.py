@@ -35,13 +35,13 @@ from megatron_interbert.tasks.vcr.baselines import TextOnly, scores_by_overlap
 from megatron_interbert.tasks.vcr.job import vcr_metrics
 from megatron_interbert.tasks.vcr.samples import VcrImages
 from megatron_interbert.tasks.vcr.samples import read_questions as read_vcr
+from megatron_interbert.tasks.vgqa.job import vgqa_metrics
+from megatron_interbert.tasks.vgqa.samples import read_questions as read_vgqa
 from megatron_interbert.tasks.visual7w.job import VISUAL7W
 from megatron_interbert.tasks.visual7w.samples import read_questions as read_visual7w
 from megatron_interbert.tasks.vqa.job import vqa_metrics
 from megatron_interbert.tasks.vqa.samples import read_annotations
 from megatron_interbert.tasks.vqa.samples import read_questions as read_vqa
-from megatron_interbert.tasks.vqa.visual_genome import read_questions as read_vgqa
-from megatron_interbert.tasks.vqa.visual_genome import vgqa_metrics
 
 SPLITS = ("train", "test")
 MOST_TOKENS = 64

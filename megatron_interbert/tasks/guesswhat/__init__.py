@@ -1,1 +1,1 @@
-"""Finetune and evaluate GuessWhat: config, games, the guesser and the oracle."""
+"""Finetune and evaluate GuessWhat: config, games, the guesser, the oracle, their evaluations."""

@@ -1,17 +1,13 @@
-"""Finetune and evaluate the guesser: which of the objects of a picture a dialogue is about."""
+"""Define the guesser: which of the objects of a picture a dialogue is about."""
 
 from collections.abc import Sequence
-from typing import Any
-
-import torch
 
 from megatron_interbert.config.stores import split_paths
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.grounding.evaluation import evaluate_regions
 from megatron_interbert.tasks.grounding.figures import accuracy_and_error, is_nearest
 from megatron_interbert.tasks.grounding.job import Pointing, open_run, open_valid, region_job
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
-from megatron_interbert.tasks.guesswhat.config import EvaluateGuesserConfig, GuesserConfig
+from megatron_interbert.tasks.guesswhat.config import GuesserConfig
 from megatron_interbert.tasks.guesswhat.games import Game, finished_games
 from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.task import Job
@@ -60,22 +56,3 @@ def guesser_job(config: GuesserConfig, state: ParallelState) -> Job:
         valid = (read_dialogues(valid_paths, stores), stores)
 
     return region_job(GUESSER, config, state, opened, records, paths, valid)
-
-
-def evaluate_guesser(
-    config: EvaluateGuesserConfig, state: ParallelState, device: torch.device
-) -> dict[str, Any]:
-    """Write result.json, result.html and, with --submission, the chosen boxes; return the result.
-
-    All ranks of a launch must call it.
-    """
-    paths = split_paths(config.games)
-
-    return evaluate_regions(
-        GUESSER,
-        config,
-        state,
-        device,
-        paths,
-        lambda stores: read_dialogues(paths, stores, config.submission),
-    )

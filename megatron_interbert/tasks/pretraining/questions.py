@@ -21,9 +21,10 @@ from megatron_interbert.tasks.gqa.config import GqaConfig
 from megatron_interbert.tasks.gqa.job import gqa_job
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.task_flags import config_of
+from megatron_interbert.tasks.vgqa.config import VgqaConfig
+from megatron_interbert.tasks.vgqa.job import vgqa_job
 from megatron_interbert.tasks.vqa.config import VqaConfig
 from megatron_interbert.tasks.vqa.job import vqa_job
-from megatron_interbert.tasks.vqa.visual_genome import VgqaConfig, vgqa_job
 
 FORMATS = {"vqa": (VqaConfig, vqa_job), "gqa": (GqaConfig, gqa_job), "vgqa": (VgqaConfig, vgqa_job)}
 # flags that say which questions there are, and which answers
