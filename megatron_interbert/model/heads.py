@@ -136,7 +136,7 @@ class TaskHead:
 class AnswerHead(nn.Module):
     """Classify fused vectors by Linear, GELU, LayerNorm, Linear: [B * images, P] -> [B, outputs].
 
-    The layer between is twice as wide as the model, as in the heads for VQA of LXMERT, UNITER and
+    The hidden layer is twice as wide as the model, as in the heads for VQA of LXMERT, UNITER and
     VOLTA.
     """
 
