@@ -13,8 +13,8 @@ from megatron_interbert.config.options import Flags, option
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable
 from megatron_interbert.sample.corpus import World, write_questions, write_split
-from megatron_interbert.sample.field.blind import write_baselines, write_vcr_baselines
-from megatron_interbert.sample.field.world import write_world
+from megatron_interbert.sample.tasks.blind import write_baselines, write_vcr_baselines
+from megatron_interbert.sample.tasks.world import write_world
 
 TWO = "a mismatched pair needs another image"
 

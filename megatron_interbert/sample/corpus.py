@@ -129,7 +129,7 @@ WORDS = [
     "scene",
     "on",
 ]
-TASK_WORDS = [  # of the generated tasks (sample/field)
+TASK_WORDS = [  # of the generated tasks (sample/tasks)
     *("no", "not", "yes", "are", "have", "has", "one", "two", "three", "thing", "things", "same"),
     *("different", "colour", "colours", "?", "how", "many", "what", "which", "it", "image"),
     *("images", "contains", "more", "than", "that"),

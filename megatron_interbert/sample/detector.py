@@ -74,24 +74,19 @@ class Detector:
         near[:, 0] += confidence
         order = np.argsort(-confidence)
 
-        return Regions(
+        found = Regions(
             name,
             size,
             seen[order].astype(np.float16),
             jittered[order].astype(np.float32),
             self.neighbours[classes[owner]][order] + 1,
             near[order].astype(np.float32),
-            *(() if attributes is None else of_things(attributes[owner], confidence, order)),
         )
+        if attributes is not None:
+            found.attribute_ids = attributes[owner][order].astype(np.int32)[:, None]
+            found.attribute_probs = confidence[order].astype(np.float32)[:, None]
 
-
-def of_things(
-    attributes: np.ndarray, confidence: np.ndarray, order: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return the attribute of each region [R, 1] and its probability, in an order of regions."""
-    return attributes[order].astype(np.int32)[:, None], confidence[order].astype(np.float32)[
-        :, None
-    ]
+        return found
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_interbert.sample.corpus import World as SampleWorld
-from megatron_interbert.sample.field.world import write_world
+from megatron_interbert.sample.tasks.world import write_world
 from tests.corpus import write_store
 from tools.studies.world_tasks import tasks_of
 

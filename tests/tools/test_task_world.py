@@ -2,6 +2,7 @@
 on 10,000 questions; scenes as they are said to be; the same files for the same seed.
 """
 
+import gzip
 import hashlib
 import json
 import subprocess
@@ -11,14 +12,15 @@ import numpy as np
 import pytest
 
 from megatron_interbert.sample.corpus import NAMES, World, vocabulary
-from megatron_interbert.sample.field.blind import tasks_in
-from megatron_interbert.sample.field.gqa import VALID
-from megatron_interbert.sample.field.pictures import PAINT, SCALE, ground_of, shape_of
-from megatron_interbert.sample.field.scenes import THINGS, captions_of, draw_scene
-from megatron_interbert.sample.field.single import looks_of, pairs_of
-from megatron_interbert.sample.field.vqa import questions_of
-from megatron_interbert.sample.field.world import draw_scenes
+from megatron_interbert.sample.tasks.blind import tasks_in
+from megatron_interbert.sample.tasks.gqa import VALID
+from megatron_interbert.sample.tasks.one_sided import looks_of, pairs_of
+from megatron_interbert.sample.tasks.pictures import PAINT, SCALE, ground_of, shape_of
+from megatron_interbert.sample.tasks.scenes import THINGS, captions_of, draw_scene
+from megatron_interbert.sample.tasks.vqa import questions_of
+from megatron_interbert.sample.tasks.world import draw_scenes
 from megatron_interbert.tasks.baselines import baselines_of
+from megatron_interbert.tasks.plain_pickles import read_plain_pickle
 from tests.launching import ROOT
 
 ENDINGS = (".json", ".jsonl", ".p", ".txt", ".xml", ".gz")
@@ -162,6 +164,67 @@ def test_nothing_is_given_away_by_one_side(world, entries):
         for figures in entry["figures"].values():
             assert abs(figures[figure] / 100 - p) < error, (name, figures)
 
+    entry = entries["flickr30k_entitiesRegionFiles"]
+    chance, by_image = (
+        entry["figures"][name]["R@1_det"] / 100 for name in ("chance", "image only")
+    )
+    # each thing has one or two of the 6 to 12 regions, and about as many as any other
+    assert abs(chance - 1 / 6) < 3 * np.sqrt(5 / 36 / entry["samples"])
+    assert abs(by_image - 1 / 6) < 3 * np.sqrt(5 / 36 / entry["samples"])
+
+
+def test_dialogues_and_expressions_cannot_be_guessed_from_words(world):
+    """Rule out, in GuessWhat, what a dialogue names; count expressions that need boxes."""
+    path = world / "tasks" / "guesswhat" / "guesswhat.test.jsonl.gz"
+    games = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    for game in games:
+        kinds = {found["category"] for found in game["objects"]}
+        said = " ".join(turn["q"] for turn in game["qas"])
+        assert not kinds.intersection(said.split()), "no thing is named"
+
+    answers = [turn["a"] for game in games for turn in game["qas"]]
+    assert answers.count("Yes") / len(answers) == pytest.approx(0.5, abs=0.03)
+
+    refs = read_plain_pickle(str(world / "tasks" / "refcoco" / "refs(unc).p"), "--refs")
+    scenes = draw_scenes(World(0, 0.3), "test", SIZES["test"], 0)
+    needed = sentences = 0
+    for ref in refs:
+        if ref["split"] != "val":
+            continue
+        scene = scenes[ref["image_id"]]
+        thing = ref["ann_id"] - 10 * ref["image_id"]
+        for sentence in ref["sentences"]:
+            meant, alone = meant_by(scene, sentence["sent"])
+            assert meant == [thing], sentence
+            needed += alone > 1
+            sentences += 1
+
+    assert sentences == 6 * SIZES["test"]
+    assert needed / sentences > 0.4, "words alone leave several things"
+
+
+def meant_by(scene, text):
+    """Return the things that an expression means, by its words and boxes, and how many by its
+    words alone.
+    """
+    first, _, rest = text.partition(" to the ")
+    words = first.split()[1:]
+    kind = words[-1]
+    found = [
+        n
+        for n, (colour, name) in enumerate(scene.things)
+        if kind in (name, "thing") and (kind != "thing" or colour == words[0])
+    ]
+    alone = len(found)
+    if words[0] in ("left", "right") and kind != "thing":
+        found = [min(found, key=lambda n: scene.centres[n] * (1 if words[0] == "left" else -1))]
+    if rest:
+        side, _, other = rest.partition(" of the ")
+        there = scene.things.index(tuple(other.split()))
+        found = [n for n in found if (scene.centres[n] < scene.centres[there]) == (side == "left")]
+        found = [n for n in found if n != there]
+    return found, alone
+
 
 def test_pairs_of_sentences_give_nothing_away(world):
     """Guess by the second sentence, by the words that both have, by which words are the same."""
@@ -236,7 +299,7 @@ def digest(folder):
 
 
 def test_a_seed_gives_one_world(tmp_path):
-    from megatron_interbert.sample.field.world import write_world
+    from megatron_interbert.sample.tasks.world import write_world
 
     world = World(3, 0.3)
     for name in ("one", "other"):

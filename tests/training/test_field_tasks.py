@@ -14,7 +14,7 @@ import yaml
 
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.sample.corpus import World
-from megatron_interbert.sample.field.world import write_world
+from megatron_interbert.sample.tasks.world import write_world
 from megatron_interbert.tasks.registry import EVALUATED
 from megatron_interbert.weights.reader import CheckpointReader
 from megatron_interbert.weights.sources import open_weights

@@ -10,8 +10,9 @@ import numpy as np
 
 from megatron_interbert.files import write_bytes, write_text
 from megatron_interbert.sample.corpus import HEIGHT, WIDTH
-from megatron_interbert.sample.field.facts import named
-from megatron_interbert.sample.field.scenes import THINGS, TaskScene
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.facts import named
+from megatron_interbert.sample.tasks.scenes import THINGS, TaskScene
 
 EACH = 3  # references in a scene
 
@@ -81,7 +82,7 @@ def write_refcoco(folder: Path, scenes: Mapping[str, Mapping[int, TaskScene]], s
 
 def references_of(image: int, scene: TaskScene, split: str, seed: int) -> list[dict[str, Any]]:
     """Draw the references in a scene."""
-    random = np.random.default_rng([seed, 31, image])
+    random = draw_for(Purpose.REFCOCO, seed, image)
     refs = []
 
     for place, thing in enumerate(random.permutation(THINGS)[:EACH].tolist()):

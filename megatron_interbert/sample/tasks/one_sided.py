@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_interbert.files import write_text
-from megatron_interbert.sample.field.facts import named
-from megatron_interbert.sample.field.scenes import TaskScene
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.facts import named
+from megatron_interbert.sample.tasks.scenes import TaskScene
 
 HEADER = "index\tsentence1\tsentence2\tlabel"
 NAMES = {"train": "train", "test": "dev"}
@@ -52,7 +53,7 @@ def write_texts(folder: Path, split: str, scenes: Mapping[int, TaskScene], seed:
     """Write RTE/train.tsv or RTE/dev.tsv."""
     lines = [HEADER]
     for image, scene in scenes.items():
-        random = np.random.default_rng([seed, 27, image])
+        random = draw_for(Purpose.PAIRS_OF_SENTENCES, seed, image)
         for first, second, entails in pairs_of(random, scene):
             label = "entailment" if entails else "not_entailment"
             lines.append(f"{len(lines) - 1}\t{first}\t{second}\t{label}")

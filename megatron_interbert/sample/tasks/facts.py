@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from megatron_interbert.sample.corpus import COLOUR_NAMES
-from megatron_interbert.sample.field.scenes import THINGS, TaskScene
+from megatron_interbert.sample.tasks.scenes import THINGS, TaskScene
 
 Couple = tuple[str, str]  # what is true, and what is false
 Relation = tuple[str, str]  # `the red cup`, `to the left of the blue car`

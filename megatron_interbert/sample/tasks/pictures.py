@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.corpus import COLOUR_NAMES, HEIGHT, PLACE_NAMES, WIDTH
-from megatron_interbert.sample.field.scenes import TaskScene
+from megatron_interbert.sample.tasks.scenes import TaskScene
 
 SCALE = 0.5  # pixels of a picture for each of the scene
 CORNERS = 10  # of a shape

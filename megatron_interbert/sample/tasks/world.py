@@ -3,23 +3,22 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.corpus import World
-from megatron_interbert.sample.field.gqa import write_gqa, write_vgqa
-from megatron_interbert.sample.field.nlvr2 import write_nlvr2
-from megatron_interbert.sample.field.pictures import write_pictures
-from megatron_interbert.sample.field.pointing import (
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.gqa import write_gqa, write_vgqa
+from megatron_interbert.sample.tasks.nlvr2 import write_nlvr2
+from megatron_interbert.sample.tasks.one_sided import write_looks, write_texts
+from megatron_interbert.sample.tasks.pictures import write_pictures
+from megatron_interbert.sample.tasks.pointing import (
     write_entities,
     write_guesswhat,
     write_visual7w,
 )
-from megatron_interbert.sample.field.refcoco import write_refcoco
-from megatron_interbert.sample.field.scenes import TaskScene, draw_scene, write_scenes
-from megatron_interbert.sample.field.single import write_looks, write_texts
-from megatron_interbert.sample.field.snli_ve import write_snli_ve
-from megatron_interbert.sample.field.vqa import write_vqa
+from megatron_interbert.sample.tasks.refcoco import write_refcoco
+from megatron_interbert.sample.tasks.scenes import TaskScene, draw_scene, write_scenes
+from megatron_interbert.sample.tasks.snli_ve import write_snli_ve
+from megatron_interbert.sample.tasks.vqa import write_vqa
 
 FIRST_IMAGE = {"train": 1_000_000, "test": 2_000_000}
 WRITERS = {
@@ -77,6 +76,6 @@ def draw_scenes(world: World, split: str, count: int, seed: int) -> dict[int, Ta
     """Draw the scenes of a split, by image number."""
     first = FIRST_IMAGE[split]
     return {
-        first + number: draw_scene(world, np.random.default_rng([seed, 26, first, number]))
+        first + number: draw_scene(world, draw_for(Purpose.SCENE, seed, first, number))
         for number in range(count)
     }

@@ -1,5 +1,5 @@
-"""Measure what the generated tasks give away to one who reads only their texts or only their
-images, and write it beside them.
+"""Measure how far the texts alone, or the images alone, answer the generated tasks, and write it
+beside them.
 """
 
 from collections.abc import Callable, Iterator
@@ -50,21 +50,32 @@ MOST_REGIONS = 64
 
 @dataclass(frozen=True)
 class AnswerFiles:
-    """Hold the files of a task with fixed answers: its figures, what reads a split from a corpus,
-    the stores of both splits, and the files that determine the samples of the second.
+    """Hold the files of a task with fixed answers: its figures, what reads the files of a split
+    with a corpus, names of the files, the name of the store, and those of both splits, which stand
+    for {} in the others.
     """
 
+    folder: Path
     metrics: AnswerMetrics
-    read: Callable[[str, Corpus], Records]
-    stores: tuple[Path, Path]
-    splits: tuple[str, str]
-    files: tuple[Path, ...]
+    read: Callable[..., Records]
+    names: tuple[str, ...]
+    store: str = "{}"
+    splits: tuple[str, str] = SPLITS
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Return the files that determine the samples of the second split."""
+        return self._files(self.splits[1])
+
+    def _files(self, split: str) -> tuple[Path, ...]:
+        return tuple(self.folder / name.format(split) for name in self.names)
 
     def entry(self) -> dict[str, Any]:
         """Return the figures of answers by the text alone, and by the image alone."""
-        corpora = [Corpus([str(path)]) for path in self.stores]
+        corpora = [Corpus([str(self.folder / self.store.format(name))]) for name in self.splits]
         trained, asked = (
-            self.read(split, corpus) for split, corpus in zip(self.splits, corpora, strict=True)
+            self.read(*map(str, self._files(split)), corpus)
+            for split, corpus in zip(self.splits, corpora, strict=True)
         )
         by_text = answer_by_text(trained, asked)
         by_image = answer_by_image(trained, corpora[0], asked, corpora[1])
@@ -119,67 +130,47 @@ def opened(path: Path | None) -> Corpus | None:
     return Corpus([str(path)]) if path else None
 
 
-def tasks_in(folder: Path) -> Iterator[AnswerFiles | RegionFiles]:
-    """Yield the tasks of a generated world."""
-    both = folder / "train", folder / "test"
+def tasks_in(folder: Path) -> list[AnswerFiles | RegionFiles]:
+    """List the tasks of a generated world."""
+    rows = (
+        (vqa_metrics, vqa, ("vqa/{}_questions.json", "vqa/{}_annotations.json")),
+        (gqa_metrics, gqa, ("gqa/{}_balanced_questions.json",)),
+        (vgqa_metrics, vgqa, ("vgqa/{}_question_answers.json",)),
+        (snli_ve_metrics, pairs, ("snli_ve/snli_ve_{}.jsonl",)),
+        (nlvr2_metrics, statements, ("nlvr2/{}.json",), "nlvr2/{}", ("train", "dev")),
+        (oracle_metrics, turns, ("guesswhat/guesswhat.{}.jsonl.gz",), "{}_boxes"),
+    )
+    return [*(AnswerFiles(folder, *row) for row in rows), *pointing_in(folder)]
 
-    def vqa(split: str, kind: str) -> str:
-        return str(folder / "vqa" / f"{split}_{kind}.json")
 
-    yield AnswerFiles(
-        vqa_metrics,
-        lambda split, corpus: read_vqa(
-            [vqa(split, "questions")], read_annotations([vqa(split, "annotations")]), corpus
-        ),
-        both,
-        SPLITS,
-        (Path(vqa("test", "questions")), Path(vqa("test", "annotations"))),
-    )
-    yield AnswerFiles(
-        gqa_metrics,
-        lambda split, corpus: read_gqa(
-            [str(folder / "gqa" / f"{split}_balanced_questions.json")], corpus
-        ),
-        both,
-        SPLITS,
-        (folder / "gqa" / "test_balanced_questions.json",),
-    )
-    yield AnswerFiles(
-        vgqa_metrics,
-        lambda split, corpus: read_vgqa(
-            [str(folder / "vgqa" / f"{split}_question_answers.json")], "valid", 0, corpus
-        ),
-        both,
-        SPLITS,
-        (folder / "vgqa" / "test_question_answers.json",),
-    )
-    yield AnswerFiles(
-        snli_ve_metrics,
-        lambda split, corpus: read_pairs(
-            [str(folder / "snli_ve" / f"snli_ve_{split}.jsonl")], corpus
-        ),
-        both,
-        SPLITS,
-        (folder / "snli_ve" / "snli_ve_test.jsonl",),
-    )
-    pairs = folder / "nlvr2"
-    yield AnswerFiles(
-        nlvr2_metrics,
-        lambda split, corpus: read_statements([str(pairs / f"{split}.json")], corpus),
-        (pairs / "train", pairs / "dev"),
-        ("train", "dev"),
-        (pairs / "dev.json",),
-    )
-    games = folder / "guesswhat"
-    boxes = folder / "train_boxes", folder / "test_boxes"
-    yield AnswerFiles(
-        oracle_metrics,
-        lambda split, corpus: read_turns([str(games / f"guesswhat.{split}.jsonl.gz")], corpus),
-        boxes,
-        SPLITS,
-        (games / "guesswhat.test.jsonl.gz",),
-    )
-    yield from pointing_in(folder)
+def vqa(questions: str, annotations: str, corpus: Corpus) -> Records:
+    """Read questions of VQA."""
+    return read_vqa([questions], read_annotations([annotations]), corpus)
+
+
+def gqa(questions: str, corpus: Corpus) -> Records:
+    """Read questions of GQA."""
+    return read_gqa([questions], corpus)
+
+
+def vgqa(questions: str, corpus: Corpus) -> Records:
+    """Read questions of Visual Genome."""
+    return read_vgqa([questions], "valid", 0, corpus)
+
+
+def pairs(annotations: str, corpus: Corpus) -> Records:
+    """Read statements of SNLI-VE."""
+    return read_pairs([annotations], corpus)
+
+
+def statements(annotations: str, corpus: Corpus) -> Records:
+    """Read statements of NLVR2."""
+    return read_statements([annotations], corpus)
+
+
+def turns(games: str, corpus: Corpus) -> Records:
+    """Read questions to the oracle of GuessWhat."""
+    return read_turns([games], corpus)
 
 
 def pointing_in(folder: Path) -> Iterator[RegionFiles]:
@@ -224,7 +215,7 @@ def pointing_in(folder: Path) -> Iterator[RegionFiles]:
 
 def write_baselines(folder: Path) -> None:
     """Write the figures of all tasks of a generated world that read only one side."""
-    tasks = progress(list(tasks_in(folder)), desc="baselines of tasks", unit="task")
+    tasks = progress(tasks_in(folder), desc="baselines of tasks", unit="task")
     write_json(folder / FILE, document_of([task.entry() for task in tasks]))
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from megatron_interbert.files import write_text
 from megatron_interbert.sample.corpus import COLOUR_NAMES, World
-from megatron_interbert.sample.field.facts import named
-from megatron_interbert.sample.field.scenes import TaskScene, draw_scene, write_scenes
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.facts import named
+from megatron_interbert.sample.tasks.scenes import TaskScene, draw_scene, write_scenes
 
 SIDES = ("left", "right")
 
@@ -46,7 +47,7 @@ def write_nlvr2(world: World, folder: Path, split: str, sets: int, seed: int) ->
     shown: list[tuple[str, TaskScene]] = []
 
     for number in range(sets):
-        random = np.random.default_rng([seed, 25, {"train": 0, "dev": 1}[split], number])
+        random = draw_for(Purpose.NLVR2, seed, {"train": 0, "dev": 1}[split], number)
         one, other = draw_scene(world, random), draw_scene(world, random)
         statements = list(statements_of(random, one, other))
 

@@ -6,12 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from megatron_interbert.files import write_text
 from megatron_interbert.sample.corpus import COLOUR_NAMES
-from megatron_interbert.sample.field.scenes import TaskScene
-from megatron_interbert.sample.field.vqa import Question, questions_of
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.scenes import TaskScene
+from megatron_interbert.sample.tasks.vqa import Question, questions_of
 
 # structural, semantic and detailed type of each kind of question
 TYPES = {
@@ -34,7 +33,7 @@ def write_gqa(folder: Path, split: str, scenes: Mapping[int, TaskScene], seed: i
     choices: dict[str, dict[str, list[str]]] = {}
 
     for image, scene in scenes.items():
-        random = np.random.default_rng([seed, 22, image])
+        random = draw_for(Purpose.GQA, seed, image)
         asked = list(questions_of(random, scene))
         for place, question in enumerate(asked):
             number = f"{image}{place:02d}"
@@ -86,7 +85,7 @@ def write_vgqa(folder: Path, split: str, scenes: Mapping[int, TaskScene], seed: 
     images = []
 
     for image, scene in scenes.items():
-        random = np.random.default_rng([seed, 23, image])
+        random = draw_for(Purpose.VGQA, seed, image)
         asked = [
             {
                 "qa_id": image * 100 + place,

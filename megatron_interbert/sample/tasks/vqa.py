@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from megatron_interbert.files import write_text
-from megatron_interbert.sample.field import facts
-from megatron_interbert.sample.field.scenes import THINGS, TaskScene
+from megatron_interbert.sample.tasks import facts
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.scenes import THINGS, TaskScene
 
 PEOPLE = 10
 UNSURE = 0.3  # share of questions to which one of the people has no answer
@@ -62,7 +63,7 @@ def write_vqa(folder: Path, split: str, scenes: Mapping[int, TaskScene], seed: i
     answered: list[dict[str, Any]] = []
 
     for image, scene in scenes.items():
-        random = np.random.default_rng([seed, 21, image])
+        random = draw_for(Purpose.VQA, seed, image)
         for place, question in enumerate(questions_of(random, scene)):
             number = image * 100 + place
             said = [question.answer] * PEOPLE

@@ -10,9 +10,10 @@ import numpy as np
 
 from megatron_interbert.files import write_bytes, write_text
 from megatron_interbert.sample.corpus import COLOUR_NAMES, HEIGHT, NAMES, WIDTH
-from megatron_interbert.sample.field.facts import named
-from megatron_interbert.sample.field.refcoco import corner_and_size
-from megatron_interbert.sample.field.scenes import THINGS, TaskScene
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.facts import named
+from megatron_interbert.sample.tasks.refcoco import corner_and_size
+from megatron_interbert.sample.tasks.scenes import THINGS, TaskScene
 
 CHOICES = 4
 QUESTIONS = 3  # of Visual7W about a scene
@@ -28,7 +29,7 @@ def write_visual7w(folder: Path, scenes: Splits, seed: int) -> None:
 
     for split, drawn in scenes.items():
         for image, scene in drawn.items():
-            random = np.random.default_rng([seed, 28, image])
+            random = draw_for(Purpose.VISUAL7W, seed, image)
             asked = random.permutation(THINGS)[:QUESTIONS].tolist()
             pairs = [
                 {
@@ -66,7 +67,7 @@ def write_entities(folder: Path, scenes: Splits, seed: int) -> None:
 
     for split, drawn in scenes.items():
         for image, scene in drawn.items():
-            random = np.random.default_rng([seed, 29, image])
+            random = draw_for(Purpose.ENTITIES, seed, image)
             sentences = [sentence_of(random, image, scene) for _ in range(SENTENCES)]
             write_text(folder / "Sentences" / f"{image}.txt", "\n".join(sentences) + "\n")
             write_text(folder / "Annotations" / f"{image}.xml", annotation_of(image, scene))
@@ -111,7 +112,7 @@ def write_guesswhat(folder: Path, scenes: Splits, seed: int) -> None:
     for split, drawn in scenes.items():
         lines = []
         for image, scene in drawn.items():
-            random = np.random.default_rng([seed, 30, image])
+            random = draw_for(Purpose.GUESSWHAT, seed, image)
             target = int(random.integers(THINGS))
             turns = [
                 {"id": image * 10 + place, "q": question, "a": answer}

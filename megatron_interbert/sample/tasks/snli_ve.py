@@ -11,7 +11,8 @@ import numpy as np
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import write_text
 from megatron_interbert.sample.corpus import COLOUR_NAMES
-from megatron_interbert.sample.field.scenes import TaskScene, captions_of
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
+from megatron_interbert.sample.tasks.scenes import TaskScene, captions_of
 
 ROUNDS = 2  # of an entailment, a contradiction and a neutral statement about each scene
 
@@ -29,7 +30,7 @@ def write_snli_ve(folder: Path, split: str, scenes: Mapping[int, TaskScene], see
     images = list(scenes)
 
     for number in range(ROUNDS):
-        random = np.random.default_rng([seed, 24, number])
+        random = draw_for(Purpose.SNLI_VE, seed, number)
         drawn = {image: int(random.choice(scenes[image].singles)) for image in images}
         without = others_without(random, scenes, drawn)
 

@@ -19,6 +19,7 @@ from megatron_interbert.sample.corpus import (
     World,
     open_store,
 )
+from megatron_interbert.sample.tasks.draws import Purpose, draw_for
 
 THINGS = 6  # in every scene
 SHARED = (3, 2, 1)  # things of each colour in a scene where colours are shared
@@ -161,7 +162,7 @@ def write_scenes(
         open_store(folder.with_name(f"{folder.name}_boxes"), seed) as exact,
     ):
         for name, scene in scenes:
-            random = np.random.default_rng([seed, 20, zlib.crc32(name.encode())])
+            random = draw_for(Purpose.STORE, seed, zlib.crc32(name.encode()))
             found.add(detected(world, random, name, scene), captions_of(random, scene))
             exact.add(world.annotated(scene, random, name), [])
 
