@@ -33,26 +33,6 @@ def read_objectives(text: str) -> tuple[str, ...]:
     return names
 
 
-def read_weights(text: str, flag: str) -> dict[str, float]:
-    """Read `itm:2,msm:1`; raises UsageError for an unknown name or no positive number."""
-    found: dict[str, float] = {}
-
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, colon, number = part.partition(":")
-        check_name(name.strip(), flag)
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = 0.0
-
-        if not colon or not 0 < weight < float("inf"):
-            raise UsageError(f"{flag}: '{part}', expected NAME:WEIGHT with a positive number")
-
-        found[name.strip()] = weight
-
-    return found
-
-
 def check_name(name: str, flag: str) -> None:
     """Raise UsageError unless a name is an objective's."""
     if name not in OBJECTIVES:

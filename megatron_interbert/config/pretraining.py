@@ -10,12 +10,13 @@ from megatron_interbert.config.objectives import (
     USUAL_WEIGHTS,
     WITHOUT_LABELS,
     check_mix,
+    check_name,
     read_objectives,
-    read_weights,
 )
 from megatron_interbert.config.options import AUTO, FREE, SAME, setting
 from megatron_interbert.config.stores import split_paths
 from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.config.weights import read_weights
 from megatron_interbert.errors import UsageError
 
 
@@ -267,12 +268,12 @@ class RunConfig(TrainConfig):
 
     def weights_of_objectives(self) -> dict[str, float]:
         """Return the factor of each loss to train on."""
-        given = read_weights(self.objective_weights, "--objective-weights")
+        given = read_weights(self.objective_weights, "--objective-weights", check_name)
         return dict.fromkeys(self.objective_names(), 1.0) | USUAL_WEIGHTS | given
 
     def mix(self) -> dict[str, float]:
         """Return by which weights the objective of a step is drawn; empty: all in every step."""
-        return read_weights(self.objective_mix, "--objective-mix")
+        return read_weights(self.objective_mix, "--objective-mix", check_name)
 
     def fit_objectives(self, has_labels: bool) -> None:
         """Take objectives that need no classes for regions without labels, and those of
@@ -301,7 +302,7 @@ class RunConfig(TrainConfig):
                 " --objectives"
             )
 
-        for name in read_weights(self.objective_weights, "--objective-weights"):
+        for name in read_weights(self.objective_weights, "--objective-weights", check_name):
             if name not in names:
                 raise UsageError(
                     f"--objective-weights: {name} is not among --objectives {','.join(names)}"
@@ -327,4 +328,4 @@ class RunConfig(TrainConfig):
         if self.objective_mix or not self.is_default("objectives"):
             self.check_objectives()  # else once it is known whether regions have classes
         else:
-            read_weights(self.objective_weights, "--objective-weights")
+            read_weights(self.objective_weights, "--objective-weights", check_name)

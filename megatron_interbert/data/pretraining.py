@@ -1,4 +1,4 @@
-"""Build the batches of the three pretraining tasks (captions or negatives, masks, labels), each
+"""Build the batches of pretraining (captions or negatives, masks, labels, questions), each
 step for a whole batch at once.
 """
 
@@ -39,12 +39,36 @@ OBJECTIVE = 10
 ANSWER = 12
 
 
+def refuse_unlabelled(corpus: Corpus, config: RunConfig) -> None:
+    """Raise UsageError if a corpus lacks captions, or classes or attributes to train on."""
+    if not corpus.num_captions:
+        raise UsageError(
+            f"{corpus.path}: holds no captions to train on; build the store with --captions"
+        )
+
+    names = config.objective_names()
+    unlabelled = [name for name in names if name in OF_CLASSES]
+    if unlabelled and not corpus.has_labels:
+        raise UsageError(
+            f"--data-path {corpus.path}: its regions have no class labels, so"
+            f" {' and '.join(unlabelled)} cannot be trained; train with --objectives"
+            f" {','.join(WITHOUT_LABELS)}, or build the store from features with labels"
+        )
+
+    if "attributes" in names and not corpus.num_attributes:
+        raise UsageError(
+            f"--data-path {corpus.path}: not all of its regions have attributes; leave attributes"
+            " out of --objectives, or build the store from features with some (attrs_id,"
+            " attrs_conf)"
+        )
+
+
 class PretrainingSet:
     """Represent the training samples of a corpus; indexed by a list of positions of the stream, it
     returns one PackedBatch.
 
     A sample and epoch give the same example on every rank, worker and restart, because all draws
-    are keyed by (seed, epoch, sample).
+    are keyed by (seed, epoch, sample), and by the step where it has one objective.
     """
 
     def __init__(
@@ -55,64 +79,48 @@ class PretrainingSet:
         questions: Questions | None = None,
     ) -> None:
         """Take the captions of a corpus and, as further texts, questions about its images."""
+        refuse_unlabelled(corpus, config)
         self.corpus = corpus
         self.tokenizer = tokenizer
         self.config = config
-
-        if not corpus.num_captions:
-            raise UsageError(
-                f"{corpus.path}: holds no captions to train on; build the store with --captions"
-            )
-
         self.samples = trainable_captions(corpus, config.language)
         self.questions = questions
         self.first_question = corpus.num_captions
+
         if questions is not None:
             corpus.add_texts(tokenizer.encode_batch(questions.texts), questions.images)
             asked = np.arange(self.first_question, corpus.num_captions)
             self.samples = np.concatenate([self.samples, asked])
 
-        parts = [
-            self.samples[(self.samples >= a) & (self.samples < b)]
-            for a, b in np.lib.stride_tricks.sliding_window_view(corpus.first_caption, 2)
-        ]
-        self.mix = config.mix()
-        order = SteppedOrder if self.mix else SampleOrder
-        self.order = order(
-            parts,
-            config.fit_partitions(min(len(part) for part in parts)),
-            config.seed,
-            passes_over_stores(config, [len(part) for part in parts[: len(corpus.stores)]])
-            + [1.0] * (questions is not None),
-            self._lengths() if config.balance_tokens else None,
-        )
         images = corpus.caption_image[self.samples]
-
         if (images == images[0]).all():
             raise UsageError(
                 f"{corpus.path}: all captions to train on belong to one image, so no mismatched"
                 " pair can be drawn; train on captions of two or more images"
             )
 
-        unlabelled = [name for name in config.objective_names() if name in OF_CLASSES]
-        if unlabelled and not corpus.has_labels:
-            raise UsageError(
-                f"--data-path {corpus.path}: its regions have no class labels, so"
-                f" {' and '.join(unlabelled)} cannot be trained; train with --objectives"
-                f" {','.join(WITHOUT_LABELS)}, or build the store from features with labels"
-            )
-
+        self.mix = config.mix()
+        self.order = self._make_order()
         self.needs_attributes = "attributes" in config.objective_names()
-        if self.needs_attributes and not corpus.num_attributes:
-            raise UsageError(
-                f"--data-path {corpus.path}: not all of its regions have attributes; leave"
-                " attributes out of --objectives, or build the store from features with some"
-                " (attrs_id, attrs_conf)"
-            )
-
         self.has_hard_negatives = corpus.has_hard_negatives()
         corpus.label_width()  # raises if the stores differ
         self.feature_dim = corpus.feature_dim
+
+    def _make_order(self) -> SampleOrder:
+        """Return the order of samples: each store's by itself, questions after them."""
+        bounds = np.lib.stride_tricks.sliding_window_view(self.corpus.first_caption, 2)
+        parts = [self.samples[(self.samples >= a) & (self.samples < b)] for a, b in bounds]
+        stores = len(self.corpus.stores)
+        passes = passes_over_stores(self.config, [len(part) for part in parts[:stores]])
+        order = SteppedOrder if self.mix else SampleOrder
+
+        return order(
+            parts,
+            self.config.fit_partitions(min(len(part) for part in parts)),
+            self.config.seed,
+            passes + [1.0] * (self.questions is not None),
+            self._lengths() if self.config.balance_tokens else None,
+        )
 
     @property
     def most_rows(self) -> int:

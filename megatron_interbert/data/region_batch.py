@@ -9,7 +9,7 @@ import numpy as np
 
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.masking import box_area, within
-from megatron_interbert.data.regions import attributes_fit
+from megatron_interbert.data.regions import MOST_PROBABILITY, attributes_fit
 from megatron_interbert.data.shard_file import ATTRIBUTES, COLUMNS
 
 # shape -> float16 memory for the features of a batch
@@ -113,7 +113,7 @@ def _checked_boxes(
         whole = (
             whole
             and probs.min() >= 0
-            and (probs @ np.ones(probs.shape[1], np.float32)).max() <= 1.001
+            and (probs @ np.ones(probs.shape[1], np.float32)).max() <= MOST_PROBABILITY
         )
 
     if not whole or (corpus.strict_boxes and (fixed != boxes).any()):

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+MOST_PROBABILITY = 1.001  # or sum of probabilities, which may be rounded
+
 
 @dataclass
 class Regions:
@@ -51,7 +53,10 @@ def record_problem(regions: Regions, num_classes: int, num_attributes: int = 0) 
     high = regions.class_ids.max()
     if low < 0 or high >= num_classes:
         return f"class ids {low} to {high}, expected 0 to {num_classes - 1}"
-    if not ((regions.class_probs >= 0).all() and (regions.class_probs.sum(axis=1) <= 1.001).all()):
+    if not (
+        (regions.class_probs >= 0).all()
+        and (regions.class_probs.sum(axis=1) <= MOST_PROBABILITY).all()
+    ):
         return "class_probs are not probabilities (negative, NaN, or a sum above 1)"
 
     return _attribute_problem(regions, num_attributes) if num_attributes else None
@@ -76,7 +81,12 @@ def attributes_fit(ids: np.ndarray, probs: np.ndarray, number: int) -> bool:
     """Check whether attributes [R, 1] are below their number and have probabilities."""
     if not len(ids):
         return True
-    return bool(ids.min() >= 0 and ids.max() < number and probs.min() >= 0 and probs.max() <= 1.001)
+    return bool(
+        ids.min() >= 0
+        and ids.max() < number
+        and probs.min() >= 0
+        and probs.max() <= MOST_PROBABILITY
+    )
 
 
 def has_non_finite(features: np.ndarray) -> bool:

@@ -189,7 +189,8 @@ class OpenShard:
         descriptor = self.descriptor
         preadv = os.preadv
 
-        for (name, offset, row_bytes), column in zip(self.places, out):  # noqa: B905 (attributes may be left out)
+        # attributes, which come last, may be left out
+        for (name, offset, row_bytes), column in zip(self.places, out, strict=False):
             rows = column[start:stop]
             if offset is None:
                 self.file[name].read_direct(rows, np.s_[first : first + len(rows)])

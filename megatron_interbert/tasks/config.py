@@ -103,6 +103,16 @@ def photos(help: str = "photos named IMAGE_ID.jpg to show on the page") -> Any:
     return option("", help, may_differ=True, group="data")
 
 
+def benchmark(*names: str) -> Any:
+    """Declare --benchmark, which says that the data of an evaluation are one of these."""
+    return option(
+        "",
+        "the data are this benchmark's: show published figures beside ours",
+        ("", *names),
+        group="logging",
+    )
+
+
 @dataclass
 class LoadConfig(Flags):
     """Hold the settings of everything that uses a trained model."""

@@ -11,6 +11,7 @@ from megatron_interbert.tasks.answering.config import (
     files,
     tokens,
 )
+from megatron_interbert.tasks.config import benchmark
 
 BALANCED = "only the balanced questions of the files"
 
@@ -48,9 +49,4 @@ class EvaluateGqaConfig(EvaluateAnswersConfig):
     )
     balanced: bool = option(False, BALANCED)
     max_tokens: int = evaluated_tokens(26, "tokens per question", ONE_TEXT)
-    benchmark: str = option(
-        "",
-        "the data are this benchmark's: show published figures beside ours",
-        ("", "gqa"),
-        group="logging",
-    )
+    benchmark: str = benchmark("gqa")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_interbert.config.weights import read_weights
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.errors import UsageError
 from megatron_interbert.model.interbert import InterBert
@@ -172,22 +173,12 @@ def share_partitions(config: MultitaskConfig, jobs: Mapping[str, Job]) -> None:
 
 def loss_weights(config: MultitaskConfig, jobs: Mapping[str, Job]) -> dict[str, float]:
     """Read --loss-weights; raises UsageError for an unknown task or no positive number."""
-    found: dict[str, float] = {}
-    for part in filter(None, map(str.strip, config.loss_weights.split(","))):
-        name, _, number = part.partition(":")
-        try:
-            weight = float(number)
-        except ValueError:
-            weight = 0.0
 
-        if name not in jobs or not 0 < weight < float("inf"):
-            raise UsageError(
-                f"--loss-weights: '{part}', expected TASK:WEIGHT with a positive number and one of"
-                f" {', '.join(jobs)}"
-            )
-        found[name] = weight
+    def check(name: str, flag: str) -> None:
+        if name not in jobs:
+            raise UsageError(f"{flag}: no task '{name}', expected some of {', '.join(jobs)}")
 
-    return found
+    return read_weights(config.loss_weights, "--loss-weights", check)
 
 
 def joined_heads(jobs: Mapping[str, Job]) -> dict[str, Any]:

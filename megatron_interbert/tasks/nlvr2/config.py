@@ -11,6 +11,7 @@ from megatron_interbert.tasks.answering.config import (
     files,
     tokens,
 )
+from megatron_interbert.tasks.config import benchmark
 
 
 @dataclass
@@ -40,9 +41,4 @@ class EvaluateNlvr2Config(EvaluateAnswersConfig):
 
     annotations: str = option("", "dev.json, test1.json or others of NLVR2, comma-separated")
     max_tokens: int = evaluated_tokens(40, "tokens per statement", ONE_TEXT)
-    benchmark: str = option(
-        "",
-        "the data are this benchmark's: show published figures beside ours",
-        ("", "nlvr2"),
-        group="logging",
-    )
+    benchmark: str = benchmark("nlvr2")

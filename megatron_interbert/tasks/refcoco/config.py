@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_interbert.config.options import FREE, ONE_TEXT, SAME, option, redefault, setting
+from megatron_interbert.tasks.config import benchmark
 from megatron_interbert.tasks.grounding.config import EvaluateRegionsConfig, RegionConfig
 
 REFS = "refs(unc).p or refs(umd).p of RefCOCO, RefCOCO+ or RefCOCOg, or the same as JSON"
@@ -43,9 +44,4 @@ class EvaluateRefcocoConfig(EvaluateRegionsConfig):
     instances: str = option("", INSTANCES)
     split: str = option("val", "part of the expressions: val, testA, testB or test")
     max_tokens: int = option(0, "tokens per expression", least=0, room_for=ONE_TEXT, as_trained=20)
-    benchmark: str = option(
-        "",
-        "the data are this benchmark's: show published figures beside ours",
-        ("", "refcoco+", "refcocog"),
-        group="logging",
-    )
+    benchmark: str = benchmark("refcoco+", "refcocog")

@@ -9,6 +9,7 @@ from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.config import (
     EvaluateConfig,
     FinetuneConfig,
+    benchmark,
     finetuned_average,
     photos,
     store,
@@ -75,12 +76,7 @@ class EvaluateRetrievalConfig(EvaluateConfig):
         "label the result as zero-shot: the pretrained matching head, no finetuning",
         group="logging",
     )
-    benchmark: str = option(
-        "",
-        "the data are this benchmark's: show published figures beside ours",
-        ("", "flickr30k", "coco-5k"),
-        group="logging",
-    )
+    benchmark: str = benchmark("flickr30k", "coco-5k")
     bf16: bool = option(
         False, "same as --precision bf16; --no-bf16: --precision fp32", group="parallelism"
     )

@@ -11,6 +11,7 @@ from megatron_interbert.tasks.answering.config import (
     files,
     tokens,
 )
+from megatron_interbert.tasks.config import benchmark
 
 
 @dataclass
@@ -33,9 +34,4 @@ class EvaluateSnliVeConfig(EvaluateAnswersConfig):
 
     annotations: str = option("", "snli_ve_dev.jsonl or snli_ve_test.jsonl, comma-separated")
     max_tokens: int = evaluated_tokens(56, "tokens per statement", ONE_TEXT)
-    benchmark: str = option(
-        "",
-        "the data are this benchmark's: show published figures beside ours",
-        ("", "snli-ve"),
-        group="logging",
-    )
+    benchmark: str = benchmark("snli-ve")

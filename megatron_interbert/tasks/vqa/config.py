@@ -11,6 +11,7 @@ from megatron_interbert.tasks.answering.config import (
     files,
     tokens,
 )
+from megatron_interbert.tasks.config import benchmark
 
 
 @dataclass
@@ -56,9 +57,4 @@ class EvaluateVqaConfig(EvaluateAnswersConfig):
     questions: str = option("", "v2_OpenEnded_.._questions.json of VQA, several comma-separated")
     annotations: str = option("", "v2_.._annotations.json, if the answers are known")
     max_tokens: int = evaluated_tokens(23, "tokens per question", ONE_TEXT)
-    benchmark: str = option(
-        "",
-        "the data are this benchmark's: show published figures beside ours",
-        ("", "vqa-v2"),
-        group="logging",
-    )
+    benchmark: str = benchmark("vqa-v2")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_interbert.data.regions import Regions
+from megatron_interbert.data.regions import MOST_PROBABILITY, Regions
 
 DENSE = "dense"
 TOP_1 = "top_1_confidence"
@@ -16,7 +16,6 @@ CLASS_ONLY = "top_1_without_confidence"
 NONE = "none"
 BACKGROUND_FIRST = "background-first"
 BACKGROUND_NONE = "background-none"
-MOST = 1.001  # of a probability that was rounded
 
 
 @dataclass(frozen=True)
@@ -188,7 +187,7 @@ def _attributes(
             " --num-attributes",
         )
 
-    if not (probs.min() >= 0 and probs.max() <= MOST):
+    if not (probs.min() >= 0 and probs.max() <= MOST_PROBABILITY):
         raise BadRecord(
             "attribute confidences are no probabilities", f"{probs.min():g} to {probs.max():g}"
         )

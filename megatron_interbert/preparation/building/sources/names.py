@@ -64,7 +64,12 @@ NAMES = {
     ),
     "class_names": ("class", "class_names"),
     "attribute_ids": (
-        *("attrs_id", "attrs_ids", "attr_id", "attr_ids", "attribute_ids", "attributes_id"),
+        "attrs_id",
+        "attrs_ids",
+        "attr_id",
+        "attr_ids",
+        "attribute_ids",
+        "attributes_id",
     ),
     "attribute_confidence": (
         *("attrs_conf", "attrs_confs", "attr_conf", "attr_confs", "attribute_confidence"),
