@@ -337,7 +337,9 @@ def check_same_model(
         )
 
     if manifest["data"]["manifest_sha256"] != data["manifest_sha256"]:
+        several = str(data.get("task") or "").startswith("multitask")
+        what = "files or settings of its tasks have" if several else "the data has"
         raise UsageError(
-            f"{where}: the region store has changed since ({data['store']}), so samples would"
-            " differ; give the store of that run, or take only its weights by --init-from"
+            f"{where}: {what} changed since ({data['store']}), so samples would differ; give those"
+            " of that run, or take only its weights by --init-from"
         )

@@ -221,6 +221,47 @@ def test_every_task_evaluates_its_own_head(run, world, tmp_path, task):
     assert "<script" not in page
 
 
+def test_samples_without_an_answer_do_not_count(run, world, tmp_path, capsys):
+    path = world / "gqa" / "test_balanced_questions.json"
+    questions = json.loads(path.read_text())
+    gone = list(questions)[::3]
+    for number in gone:
+        del questions[number]["answer"]
+    (tmp_path / "some.json").write_text(json.dumps(questions))
+    (tmp_path / "others.json").write_text(
+        json.dumps({n: entry for n, entry in questions.items() if n not in gone})
+    )
+    kind, function = EVALUATED["gqa"]
+    results = [
+        function(
+            kind(
+                load=str(run[0] / "whole"),
+                output=str(tmp_path / name),
+                data_path=f"{world}/test",
+                questions=str(tmp_path / f"{name}.json"),
+                precision="fp32",
+            ),
+            ParallelState(),
+            CPU,
+        )
+        for name in ("some", "others")
+    ]
+    assert results[0]["metrics"] == pytest.approx(results[1]["metrics"])
+    assert results[0]["samples"] == len(questions)
+    note = f"{len(gone)} of {len(questions)} samples have no answer and do not count"
+    assert note in capsys.readouterr().out
+
+
+def test_a_run_is_not_resumed_with_other_settings_of_a_task(run, tmp_path):
+    folder, _ = run
+    flags = yaml.safe_load((folder / "tasks.yaml").read_text())
+    flags["flickr30k_entities"]["several"] = "merged"
+    (tmp_path / "tasks.yaml").write_text(yaml.safe_dump(flags, sort_keys=False))
+    code, out, err = launch(*finetune(*flags_of(tmp_path), "--save", folder / "whole"))
+    assert code == 2, out + err
+    assert "files or settings of its tasks have changed since" in err
+
+
 def test_images_to_evaluate_on_are_taken_out_of_all_training(world, tmp_path):
     """Plant an overlap: VQA evaluates on images that SNLI-VE and RefCOCO train on."""
     flags = training_flags(world)
