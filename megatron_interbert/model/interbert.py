@@ -166,25 +166,35 @@ class InterBert(nn.Module):
 
         if "msm" in heads:
             self.msm_head = WordHead(config, state.tensor_group, kernels)
+        if "sentence" in heads:
+            self.sentence_head = SentenceHead(config, num_labels)
+
+        self._add_region_heads(heads, attributes)
+        self._add_pair_heads(heads, task_heads or {})
+        mark_shards(self)
+
+    def _add_region_heads(self, heads: Sequence[str], attributes: int) -> None:
+        """Add the heads that predict what is hidden of regions."""
+        config = self.config
         if "mrm" in heads:
             self.mrm_head = RegionHead(config, config.num_classes)
         if "mrfr" in heads:
             self.mrfr_head = FeatureHead(config)
         if attributes:
             self.attribute_head = RegionHead(config, attributes)
+
+    def _add_pair_heads(self, heads: Sequence[str], task_heads: Mapping[str, TaskHead]) -> None:
+        """Add the heads that judge a text with an image, and those of downstream tasks."""
+        config = self.config
         if "itm" in heads:
             self.itm_head = nn.Linear(config.pooled_size, 2)
         if "choice" in heads:
             self.choice_head = nn.Linear(config.pooled_size, 1)
-        if "sentence" in heads:
-            self.sentence_head = SentenceHead(config, num_labels)
         if task_heads:
             self.heads_of_all = {name for name, head in task_heads.items() if head.every_batch}
             self.task_heads = nn.ModuleDict(
                 {name: head.build(config) for name, head in task_heads.items()}
             )
-
-        mark_shards(self)
 
     def forward(self, batch: PackedBatch, everything: bool = False) -> InterBertOutput:
         """Compute pooled vectors and the outputs of the heads, for words and regions at target
@@ -222,29 +232,13 @@ class InterBert(nn.Module):
         imageless = not len(summaries)
         calls_all = not imageless or self._waits_for_images
         pooled_image = self.image_pooler(summaries) if calls_all else None
-        found = {}
+        found = self._predict_words(first, words, batch, everything)
 
         if reports:
             balance, figures = zip(*reports, strict=True)
             found |= {"balance": torch.stack(balance), "router_figures": torch.stack(figures)}
-        if hasattr(self, "msm_head"):
-            table = self.text_embedding.word.weight
-            if everything:
-                found["msm_logits"] = self.msm_head(words, table)
-            else:
-                found["msm_losses"], found["msm_right"] = self.msm_head(
-                    words, table, batch.msm_labels
-                )
-
-        if hasattr(self, "mrm_head") and calls_all:
-            found["mrm_logits"] = self.mrm_head(regions).float()
-        if hasattr(self, "mrfr_head") and calls_all:
-            projection = self.image_embedding.feature.weight
-            found["mrfr_features"] = self.mrfr_head(regions, projection).float()
-        if hasattr(self, "attribute_head") and calls_all:
-            found["attribute_logits"] = self.attribute_head(regions).float()
-        if hasattr(self, "sentence_head"):
-            found["sentence_logits"] = self.sentence_head(first).float()
+        if calls_all:
+            found |= self._predict_regions(regions)
         if pooled_image is not None:
             paired = pooled_text[:0] if imageless else pooled_text
             found |= self._judge_pairs(paired, pooled_image, candidates, batch)
@@ -252,6 +246,39 @@ class InterBert(nn.Module):
         states = (text, image) if whole else (None, None)
 
         return InterBertOutput(*states, pooled_text, pooled_image, **found)
+
+    def _predict_words(
+        self, first: torch.Tensor, words: torch.Tensor, batch: PackedBatch, everything: bool
+    ) -> dict[str, torch.Tensor]:
+        """Return the outputs of the heads that read the text stream: of [CLS] [B, H] and of masked
+        words [M, H].
+        """
+        found = {}
+        if hasattr(self, "sentence_head"):
+            found["sentence_logits"] = self.sentence_head(first).float()
+        if not hasattr(self, "msm_head"):
+            return found
+
+        table = self.text_embedding.word.weight
+        if everything:
+            return {**found, "msm_logits": self.msm_head(words, table)}
+
+        losses, right = self.msm_head(words, table, batch.msm_labels)
+
+        return {**found, "msm_losses": losses, "msm_right": right}
+
+    def _predict_regions(self, regions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the outputs of the heads that read masked regions [M, H]."""
+        found = {}
+        if hasattr(self, "mrm_head"):
+            found["mrm_logits"] = self.mrm_head(regions).float()
+        if hasattr(self, "mrfr_head"):
+            projection = self.image_embedding.feature.weight
+            found["mrfr_features"] = self.mrfr_head(regions, projection).float()
+        if hasattr(self, "attribute_head"):
+            found["attribute_logits"] = self.attribute_head(regions).float()
+
+        return found
 
     def _judge_pairs(
         self,

@@ -115,7 +115,8 @@ def contenders(options: Options, device: torch.device) -> dict[str, Callable[[],
     dropout = max(sizes.attention_dropout, sizes.image_attention_dropout) > 0
     dtype = torch.bfloat16 if options.bf16 else torch.float32
     with torch.device("meta"):
-        values = parameters(InterBert(sizes))  # that transformers' models should have
+        # that transformers' models should have, whatever the task
+        values = parameters(InterBert(sizes))
 
     asks = options.task == "vqa"
     kind = OursForAnswers if asks else Ours
