@@ -11,8 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from megatron_interbert.sample.corpus import NAMES, World, vocabulary
-from megatron_interbert.sample.tasks.blind import tasks_in
+from megatron_interbert.sample.corpus import NAMES, World, vocabulary, write_questions
+from megatron_interbert.sample.tasks.blind import tasks_in, write_vcr_baselines
 from megatron_interbert.sample.tasks.gqa import VALID
 from megatron_interbert.sample.tasks.one_sided import looks_of, pairs_of
 from megatron_interbert.sample.tasks.pictures import PAINT, SCALE, ground_of, shape_of
@@ -29,11 +29,11 @@ SIZES = {"train": 1200, "test": 1000}
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Write a world of tasks and VCR by the command."""
+    """Write a world of tasks by the command."""
     folder = tmp_path_factory.mktemp("world")
     command = [sys.executable, str(ROOT / "tools" / "make_sample.py"), "--output", str(folder)]
     sizes = ["--train-scenes", str(SIZES["train"]), "--test-scenes", str(SIZES["test"])]
-    wanted = ["--tasks", "--vcr", "--pictures"]
+    wanted = ["--tasks", "--pictures"]
     subprocess.run([*command, *sizes, *wanted], check=True, capture_output=True)
     return folder
 
@@ -267,9 +267,13 @@ def test_pictures_show_the_things_in_their_boxes(world):
     assert all((shape >= 0).all() and (shape <= 1).all() for shape in shapes)
 
 
-def test_options_of_vcr_give_nothing_away(world):
-    path = world / "vcr" / "baselines.json"
-    (entry,) = json.loads(path.read_text())["entries"]
+def test_options_of_vcr_give_nothing_away(tmp_path):
+    for split, questions in (("train", SIZES["train"]), ("test", 10_000)):
+        write_questions(World(0, 0.3), tmp_path, split, questions, 0)
+
+    write_vcr_baselines(tmp_path / "vcr")
+    (entry,) = json.loads((tmp_path / "vcr" / "baselines.json").read_text())["entries"]
+    assert entry["samples"] == 10_000
     assert set(entry["figures"]) == {"word overlap", "text only"}
     for figures in entry["figures"].values():
         for name, p in (("q_a", 1 / 4), ("qa_r", 1 / 4), ("q_ar", 1 / 16)):

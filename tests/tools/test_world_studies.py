@@ -99,9 +99,9 @@ def test_tasks_alone_and_together(world, called, monkeypatch, tmp_path, capsys):
 
 def test_parts_left_out(world, called, monkeypatch, tmp_path):
     flags = ("--world", world, "--output", tmp_path / "out", "--images", 5)
-    run(monkeypatch, ablate_tasks, *flags, "--only", "full,no-msm", "--tasks", "vqa,rte")
+    run(monkeypatch, ablate_tasks, *flags, "--only", "full,no-msm", "--tasks", "vqa+nlvr2,rte")
     table = (tmp_path / "out" / "ablation.md").read_text()
-    assert "| variant | t2i R@1 | vqa | rte |" in table
+    assert "| variant | t2i R@1 | vqa | nlvr2 | rte |" in table
     assert "| everything | 72.0 ± 1.0 |" in table
     assert "| without masked segments | 67.0 ± 1.0 (-5.0, 3 of 3) |" in table
     found = json.loads((tmp_path / "out" / "ablation.json").read_text())["results"]
@@ -112,7 +112,7 @@ def test_parts_left_out(world, called, monkeypatch, tmp_path):
     assert all("--zero-shot" in call and "--images" in call for call in searches)
 
     with pytest.raises(UsageError, match="retrieval: made with other options than now"):
-        run(monkeypatch, ablate_tasks, *flags[:-1], 6, "--only", "full", "--tasks", "vqa,rte")
+        run(monkeypatch, ablate_tasks, *flags[:-1], 6, "--only", "full", "--tasks", "vqa+nlvr2,rte")
     run(
         *(monkeypatch, ablate_tasks, *flags[:2], "--output", tmp_path / "more", "--images", 500),
         *("--only", "full", "--tasks", "vqa", "--seeds", "1"),

@@ -1,9 +1,9 @@
 """Measure on a generated world what parts of the pretraining and of the model are worth.
 
 For every variant and seed: pretrain, evaluate retrieval zero-shot, finetune on each task, evaluate;
-with the same steps and samples for all. The tasks are those that need words and regions, and two
-that one side alone answers: rte (pairs of sentences) and looks (the same few words about every
-scene). Finished runs are not repeated, so a stopped study is resumable. Writes
+with the same steps and samples for all. Two tasks share a run and need words and regions; the
+others are answered by one side alone: rte (pairs of sentences) and looks (the same few words about
+every scene). Finished runs are not repeated, so a stopped study is resumable. Writes
 OUTPUT/ablation.json and OUTPUT/ablation.md, with the change of each figure against the whole and
 how many seeds share its sign.
 
@@ -14,6 +14,7 @@ how many seeds share its sign.
 import dataclasses
 import json
 import statistics
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from tools.studies.options import read_seeds
 from tools.studies.stages import Written
 from tools.studies.variant_run import Variant
 from tools.studies.world_runs import WorldOptions, WorldRun, chosen
-from tools.studies.world_tasks import one_sided, tasks_of
+from tools.studies.world_tasks import WorldTask, one_sided, tasks_of
 
 FULL = "full"
 RETRIEVAL = "t2i R@1"
@@ -48,7 +49,9 @@ class Options(WorldOptions):
         "full,no-msm,no-hard-negatives,no-streams", "variants, comma-separated", group="study"
     )
     tasks: str = option(
-        "vqa,rte,looks", "tasks to finetune on, comma-separated; empty: all", group="study"
+        "refcoco+vqa,rte,looks",
+        "tasks to finetune on, comma-separated; with + between those that share a run",
+        group="study",
     )
     images: int = option(
         300, "unseen scenes among which captions find theirs", least=2, group="study"
@@ -65,7 +68,10 @@ class Ablation:
         self.sizes = load_model_config(options.model)
         self.every = variants(self.sizes)
         self.names = chosen(options.only, "--only", self.every)
-        self.tasks = {name: every[name] for name in chosen(options.tasks, "--tasks", every)}
+        self.groups = [
+            {name: every[name] for name in chosen(group.replace("+", ","), "--tasks", every)}
+            for group in options.tasks.split(",")
+        ]
         self.images = Path(options.output) / "images.txt"
         self.scenes = 0
 
@@ -90,10 +96,11 @@ class Ablation:
         found = run.stages.evaluate(start / "evaluation" / "retrieval", *words)
         figures = {RETRIEVAL: found["metrics"]["t2i_R@1"]}
 
-        for task_name, task in self.tasks.items():
-            tuned = run.finetune(task_name, task.command, start, task.training())
-            result = run.evaluate(task_name, task, tuned)
-            figures[task_name] = result["metrics"][task.figure]
+        for tasks in self.groups:
+            tuned = finetuned(run, tasks, start)
+            for task_name, task in tasks.items():
+                result = run.evaluate(task_name, task, tuned)
+                figures[task_name] = result["metrics"][task.figure]
 
         return figures
 
@@ -104,6 +111,16 @@ class Ablation:
         run.stages.same(run.folder / "pretrained", path, text)
 
         return str(path)
+
+
+def finetuned(run: WorldRun, tasks: Mapping[str, WorldTask], start: Path) -> Path:
+    """Finetune on one task, or on several in one run."""
+    if len(tasks) > 1:
+        return run.finetune_together("+".join(tasks), tasks, start)
+
+    ((name, task),) = tasks.items()
+
+    return run.finetune(name, task.command, start, task.training())
 
 
 def check_mined(store: Path) -> None:

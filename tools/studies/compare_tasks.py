@@ -14,15 +14,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-import yaml
-
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import option
 from megatron_interbert.files import check_writable, write_json, write_text
 from megatron_interbert.progress import progress
 from megatron_interbert.weights.manifest import versions
 from tools.studies.options import read_seeds
-from tools.studies.stages import Written
 from tools.studies.world_runs import Result, WorldOptions, WorldRun, chosen
 from tools.studies.world_tasks import WorldTask, tasks_of
 
@@ -50,11 +47,7 @@ def results_of(options: Options, tasks: dict[str, WorldTask], seed: int) -> Foun
         found[name] = {ALONE: run.evaluate(name, task, tuned)}
 
     if options.together:
-        file = run.folder / "tasks.yaml"
-        flags = {name: task.training() for name, task in tasks.items()}
-        write_text(file, yaml.safe_dump(flags, sort_keys=False))
-        given = {"task-flags": Written(file)}
-        tuned = run.finetune("all", "multitask", start, given, times=len(tasks))
+        tuned = run.finetune_together("all", tasks, start)
         for name, task in tasks.items():
             found[name][TOGETHER] = run.evaluate(name, task, tuned)
 

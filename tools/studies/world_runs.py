@@ -6,10 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import yaml
+
 from megatron_interbert.config.options import Flags, nearest, option
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.errors import UsageError
-from tools.studies.stages import Stages
+from megatron_interbert.files import write_text
+from tools.studies.stages import Stages, Written
 from tools.studies.world_tasks import WorldTask
 
 Result = dict[str, Any]  # what result.json holds
@@ -84,6 +87,15 @@ class WorldRun:
             *("finetune", command, "--init-from", start, *words),
             seed=self.seed,
         )
+
+    def finetune_together(self, name: str, tasks: Mapping[str, WorldTask], start: Path) -> Path:
+        """Finetune on several tasks in one run, for --train-iters steps of each."""
+        file = self.folder / f"{name}.yaml"
+        flags = {task_name: task.training() for task_name, task in tasks.items()}
+        write_text(file, yaml.safe_dump(flags, sort_keys=False))
+        given = {"task-flags": Written(file)}
+
+        return self.finetune(name, "multitask", start, given, times=len(tasks))
 
     def evaluate(self, name: str, task: WorldTask, run: Path) -> Result:
         """Evaluate a finetuned run on unseen scenes."""
