@@ -27,7 +27,7 @@ from megatron_interbert.tasks.parts import (
     vocabulary_of_run,
 )
 from megatron_interbert.tasks.placing import Records
-from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.task import Evaluate, Job
 from megatron_interbert.tasks.task_flags import own_settings
 
 Metrics = Callable[[Sequence[Record], Sequence[str]], dict[str, float]]
@@ -163,16 +163,27 @@ def answer_job(
         patience=config.early_stopping,
     )
     job.leave_out = partial(leave_out, job, make_set, records)
-    if valid is None:
-        return job
+    if valid is not None:
+        judged = valid[0].labelled("answer")
+        job.judged_images = image_names(judged)
+        shown = task.lay_out(judged, valid[1], opened.tokenizer, config)
+        job.evaluate = evaluation_of(task, config, state, judged, shown, answers)
 
-    judged = valid[0].labelled("answer")
+    return job
+
+
+def evaluation_of(
+    task: Answering,
+    config: AnswerConfig,
+    state: ParallelState,
+    judged: Records,
+    shown: AnswerSamples,
+    answers: AnswerList,
+) -> Evaluate:
+    """Return a function that evaluates a model on records, which `shown` lays out."""
     task.check(judged)
-    job.judged_images = image_names(judged)
     if state.is_main:
         print(judged.report(), flush=True)
-
-    shown = task.lay_out(judged, valid[1], opened.tokenizer, config)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         predictions = predict(model, shown, task.soft, state, device, config.eval_batch_size)
@@ -180,9 +191,7 @@ def answer_job(
         found = task.figures_of(judged, given)
         return {name: found[name] for name in task.figures}
 
-    job.evaluate = evaluate
-
-    return job
+    return evaluate
 
 
 def say_samples(state: ParallelState, records: Records, targets: Targets) -> None:

@@ -1,6 +1,6 @@
 """Build the job that finetunes on a task which points at regions."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,7 @@ from megatron_interbert.tasks.parts import (
     vocabulary_of_run,
 )
 from megatron_interbert.tasks.placing import Records
-from megatron_interbert.tasks.task import Job
+from megatron_interbert.tasks.task import Evaluate, Job
 from megatron_interbert.tasks.task_flags import own_settings
 from megatron_interbert.tasks.two_stores import TwoStores
 
@@ -173,15 +173,25 @@ def region_job(
         patience=config.early_stopping,
     )
     job.leave_out = partial(leave_out, job, make_set, records)
-    if valid is None:
-        return job
+    if valid is not None:
+        judged = valid[0].labelled("box")
+        job.judged_images = image_names(judged)
+        ways = samples_by_way(task, judged, valid[1], opened.tokenizer, config.max_tokens)
+        job.evaluate = evaluation_of(task, config, state, judged, ways)
 
-    judged = valid[0].labelled("box")
-    job.judged_images = image_names(judged)
+    return job
+
+
+def evaluation_of(
+    task: Pointing,
+    config: RegionConfig,
+    state: ParallelState,
+    judged: Records,
+    ways: Mapping[str, RegionSamples],
+) -> Evaluate:
+    """Return a function that evaluates a model on records, which `ways` lay out."""
     if state.is_main:
         print(judged.report(), flush=True)
-
-    ways = samples_by_way(task, judged, valid[1], opened.tokenizer, config.max_tokens)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         found: dict[str, float] = {}
@@ -191,9 +201,7 @@ def region_job(
             found |= {f"{name}{end}": some[name] for name in task.figures}
         return found
 
-    job.evaluate = evaluate
-
-    return job
+    return evaluate
 
 
 def samples_by_way(
