@@ -85,13 +85,13 @@ def test_figures_of_a_report():
     assert (
         values["msm_loss"],
         values["msm_accuracy"],
-        values.get("mrm_loss"),
+        values["mrm_loss"],
         values["itm_loss"],
         values["loss"],
     ) == (
         1.5,
         0.25,
-        None,
+        0,
         1.5,
         3,
     )

@@ -49,6 +49,7 @@ class PretrainingTask:
         usual = [name for name in USUAL if has_labels or name not in OF_CLASSES]
         self.names = tuple(n for n in OBJECTIVES if n in usual or n in self.objectives)
         self.report_shape = (len(self.names), 3)
+        self.is_mixed = bool(config.mix())
         weights = config.weights_of_objectives()
         # the factor of each loss in a batch for all objectives (""), and in one for a single one
         self.factors = {
@@ -149,16 +150,17 @@ class PretrainingTask:
         return loss, report
 
     def metrics(self, report: torch.Tensor, steps: int = 1) -> dict[str, float]:
-        """Return the loss, accuracy and targets per step of each objective that had targets, from a
-        report summed over `steps` steps; `loss` is the weighted sum of those trained on.
+        """Return the loss, accuracy and targets per step of each objective from a report summed
+        over `steps` steps; `loss` is the weighted sum of those trained on. Objectives of a mix that
+        no step was for are left out, and so is vqa without questions.
         """
         values = {"loss": 0.0}
         factors = self.factors[""].tolist()
 
         for name, factor, row in zip(self.names, factors, report.double().tolist(), strict=True):
             loss, right, targets = row
-            if not targets:
-                continue  # no step was for it, or the samples have none
+            if not targets and (self.is_mixed or name == "vqa"):
+                continue
             values[f"{name}_loss"] = loss / max(targets, 1.0)
             if name in WITH_ACCURACY:
                 values[f"{name}_accuracy"] = right / max(targets, 1.0)
