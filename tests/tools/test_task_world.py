@@ -24,7 +24,7 @@ from megatron_interbert.tasks.plain_pickles import read_plain_pickle
 from tests.launching import ROOT
 
 ENDINGS = (".json", ".jsonl", ".p", ".txt", ".xml", ".gz")
-SIZES = {"train": 1200, "test": 1000}
+SIZES = {"train": 600, "test": 1000}
 
 
 @pytest.fixture(scope="module")
