@@ -12,9 +12,10 @@ from typing import IO, Any
 from megatron_interbert.encodings import SAMPLE, guess_encoding, how_to_convert
 from megatron_interbert.errors import Unreadable, UsageError
 
+# kinds of archives, by how their files begin
+ARCHIVES = (("a zip archive", b"PK\x03\x04"), ("compressed by gzip", b"\x1f\x8b"))
 # Errors that mean that no file of that name exists. All others (EACCES, EIO, EMFILE, ESTALE, ..)
 # say nothing about the content of a file.
-ARCHIVES = (("a zip archive", b"PK\x03\x04"), ("compressed by gzip", b"\x1f\x8b"))
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG)
 
 

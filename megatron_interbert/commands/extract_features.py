@@ -101,7 +101,7 @@ class Options(BuildingOptions):
     soft_labels: int = option(10, "label entries kept per region", least=1)
 
     batch_size: int = option(8, "photos of one size per forward pass", least=1, group="work")
-    device: str = option("auto", "where the detector runs", ("auto", "cpu", "cuda"), group="work")
+    device: str = option("auto", "where the models run", ("auto", "cpu", "cuda"), group="work")
     workers: int = option(
         0,
         "processes; default: one per GPU, or else per core, divided among those of a launcher",

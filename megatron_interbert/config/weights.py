@@ -23,6 +23,9 @@ def read_weights(text: str, flag: str, check_name: Callable[[str, str], None]) -
         if not colon or not 0 < weight < float("inf"):
             raise UsageError(f"{flag}: '{part}', expected NAME:WEIGHT with a positive number")
 
+        if name.strip() in found:
+            raise UsageError(f"{flag}: '{name.strip()}' occurs twice; give one weight")
+
         found[name.strip()] = weight
 
     return found

@@ -34,6 +34,7 @@ PREFIX = re.compile(
     r"^(?:nlvr2|flickr30k|gqa|vg|v7w|visual_grounding_(?:det_)?coco(?:_gt)?)_(?=[^/]*\d)",
     re.IGNORECASE,
 )
+OF_COCO = re.compile(r"(?:^|[/\\])visual_grounding_(?:det_)?coco(?:_gt)?_\d+", re.IGNORECASE)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
 # a word in the name of a folder, as in train2014
 SPLIT = re.compile(r"(?<![a-z])(train|val|test|dev)(?:ing|idation)?(?![a-z])")
@@ -52,6 +53,7 @@ class ImageName:
     def __init__(self, text: str) -> None:
         self.text = text
         self.path, self.ending = _path_and_ending(text)  # without folders `.`; `.jpg` or empty
+        self.has_coco_prefix = bool(OF_COCO.search(text))
 
     @property
     def stem(self) -> str:
@@ -67,9 +69,14 @@ class ImageName:
         return (digits.lstrip("0") or "0") if digits.isascii() and digits.isdigit() else ""
 
     @property
-    def is_coco(self) -> bool:
-        """Check whether the number has COCO's prefix."""
+    def names_split(self) -> bool:
+        """Check whether the name is COCO's, with a split: COCO_train2014_000000000009."""
         return bool(self.number) and not self.stem.isdigit()
+
+    @property
+    def is_coco(self) -> bool:
+        """Check whether the number is said to be COCO's."""
+        return self.names_split or bool(self.number and self.has_coco_prefix)
 
     @property
     def ends(self) -> list[str]:
@@ -137,7 +144,7 @@ def paths_differ(one: ImageName, other: ImageName) -> bool:
     `1/main.jpg` and `2/main.jpg`, or the folders name different splits, as `train` and `val`.
     COCO's names need no folders: they differ if the file names do.
     """
-    if one.is_coco and other.is_coco:
+    if one.names_split and other.names_split:
         return one.stem.casefold() != other.stem.casefold()
     if _is_end(one, other):
         return False
@@ -236,6 +243,32 @@ def match_across(asked: Iterable[str], numbers: Mapping[str, int]) -> dict[str, 
         found |= match_names([name for name in names if ImageName(name).is_coco == coco], own)
 
     return found
+
+
+def may_mean(names: Iterable[str], others: Iterable[str]) -> set[str]:
+    """Return those of some other names that mean an image of `names`, or might: where images must
+    not be missed, a doubt counts as well.
+
+    COCO's numbers are its images', whatever the split; they never mean images whose names are plain
+    numbers.
+    """
+    paths: set[str] = set()
+    ends: set[str] = set()
+    numbers: set[tuple[bool, str]] = set()
+    for name in map(ImageName, names):
+        paths.add(name.path)
+        ends.update(name.ends)
+        if name.number:
+            numbers.add((name.is_coco, name.number))
+
+    return {
+        name.text
+        for name in map(ImageName, others)
+        if name.path in paths
+        or name.path in ends
+        or not paths.isdisjoint(name.ends)
+        or (name.is_coco, name.number) in numbers
+    }
 
 
 def _means(name: ImageName, image: ImageName, unique: set[str], unclear: set[str]) -> bool:

@@ -23,7 +23,10 @@ CLUSTERS = "clusters.npy"  # the cluster of each region
 CENTROIDS = "centroids.safetensors"  # the middle of each cluster
 REPORT = "dropped.jsonl"
 PLAN = "plan.json"  # the settings of the build
-REPEAT = "find the clusters again with interbert cluster-features --overwrite"
+REPEAT = (
+    "find the clusters again with interbert cluster-features --overwrite, naming all stores that"
+    " were clustered together"
+)
 REBUILD = "restore it or rebuild the store with interbert build-features"
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Collection, Sequence
 
-from megatron_interbert.data.image_names import match_across
+from megatron_interbert.data.image_names import may_mean
 from megatron_interbert.data.training_set import TrainingSet
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.placing import Records
@@ -18,19 +18,16 @@ def rows_without(
     names: Collection[str], images: Sequence[Collection[str]], files: str
 ) -> list[int]:
     """Return the samples, given the names of the images of each, that have no image with one of
-    some names, in any spelling.
+    some names, in any spelling, nor one that might be such an image.
 
     Raises UsageError if there are none, naming the `files` of the samples.
     """
-    own = {name: number for number, name in enumerate({n for some in images for n in some})}
-    gone = set(match_across(names, own).values())
-    kept = [
-        row for row, some in enumerate(images) if not gone.intersection(own[name] for name in some)
-    ]
+    gone = may_mean(names, {name for some in images for name in some})
+    kept = [row for row, some in enumerate(images) if not gone.intersection(some)]
     if not kept:
         raise UsageError(
-            f"{files}: every training sample has an image that is evaluated on; give other"
-            " validation files"
+            f"{files}: every training sample has an image that is evaluated on or excluded; give"
+            " other validation files, or another --exclude-images"
         )
 
     return kept
@@ -46,6 +43,6 @@ def leave_out(
     if len(kept) < len(records):
         job.samples = make_set(records.take(kept))
 
-    left = set(range(len(records))).difference(kept)
+    lost = sorted(set(range(len(records))).difference(kept))
 
-    return [records.items[row].id for row in sorted(left)]
+    return [records.items[row].id for row in lost]

@@ -46,12 +46,15 @@ class Records:
         """Return the samples whose right answers are known."""
         return [row for row, record in enumerate(self.items) if record.labelled]
 
+    def unknown(self) -> list[int]:
+        """Return the samples whose right answers are unknown."""
+        return [row for row, record in enumerate(self.items) if not record.labelled]
+
     def unlabelled(self, what: str) -> str:
         """Return a line such as `3 of 120 samples have no answer and do not count (first: 12)`, or
         an empty string if the right answers of all samples are known.
         """
-        known = set(self.known())
-        others = [row for row in range(len(self)) if row not in known]
+        others = self.unknown()
         if not others:
             return ""
 
@@ -64,15 +67,16 @@ class Records:
         """Return the samples whose right answers are known, with the others counted as dropped for
         having no `what`; raises UsageError if none is left.
         """
-        kept = self.known()
-        found = self.take(kept)
+        found = self.take(self.known())
         found.drops = Drops()
         found.drops.take(self.drops)
 
-        for row in set(range(len(self))).difference(kept):
+        for row in self.unknown():
             found.drops.add(f"it has no {what}", self.items[row].id)
-        if not kept:
-            raise UsageError(f"{found.report()}; nothing is left: give files that have them")
+        if not len(found):
+            raise UsageError(
+                f"{found.report()}; nothing is left: give files whose samples have one"
+            )
 
         return found
 
@@ -110,17 +114,20 @@ def place_records(
     stores: str,
     whole: bool = False,
     check: Callable[[Any, tuple[int, ...]], str] = lambda record, numbers: "",
+    beside: Drops | None = None,
 ) -> Records:
     """Find the images of records in `stores` (their paths, for messages).
 
     Dropped and counted are records that were rejected when they were read, that have an image which
     is missing, or that do not pass `check`, which returns the reason. If `whole`, because every
     sample must be answered, a drop raises UsageError; so does a file of which nothing is left.
+    `beside` are samples that are no part of the task, which are counted as well.
     """
     given = list(records)
     usable = [record for record in given if not isinstance(record, tuple)]
     numbers = find(name for record in usable for name in record.images)
     drops = Drops()
+    drops.take(beside or Drops())
     items: list[Any] = []
     images: list[tuple[int, ...]] = []
 

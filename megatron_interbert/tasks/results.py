@@ -131,8 +131,8 @@ class Output:
 def write_outputs(
     folder: Path, result: dict[str, Any], unlabelled: str, outputs: Sequence[Output]
 ) -> None:
-    """Write result.json and further files to a folder, in this order, and print the metrics, which
-    samples have no part in them (`unlabelled`, if there are such), and where everything is.
+    """Write result.json and further files to a folder, in this order; print the metrics, the note
+    about samples without an answer (`unlabelled`, may be empty), and the path of each file.
     """
     write_result(folder, result)
     print(table(result) if result["metrics"] else "no metrics computed")

@@ -253,6 +253,11 @@ def test_what_metrics_of_gqa_cannot_do_without(tmp_path):
         check_questions(Records("f", lonely, np.zeros((1, 1), int)), consistency=True)
     with pytest.raises(UsageError, match="--choices has no entry for question 0"):
         check_questions(Records("f", lonely, np.zeros((1, 1), int)), {})
+    unanswered = Record("99", ("?",), ("i",), {}, replace(facts, entailed=()))
+    both = Records("f", [*lonely, unanswered], np.zeros((2, 1), int))
+    with pytest.raises(UsageError, match="99, which is not among the questions with answers"):
+        check_questions(both, consistency=True)
+    check_questions(Records("f", [unanswered], np.zeros((1, 1), int)), {}, consistency=True)
     unbalanced = [Record("0", ("?",), ("i",), {"a": 1.0}, replace(facts, balanced=False))]
     with pytest.raises(UsageError, match="none of the questions is balanced"):
         check_questions(Records("f", unbalanced, np.zeros((1, 1), int)))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
@@ -21,7 +22,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.flickr30k_entities.job import ENTITIES
 from megatron_interbert.tasks.flickr30k_entities.samples import parse_sentence, read_phrases
 from megatron_interbert.tasks.grounding.boxes import overlaps, problem_of
-from megatron_interbert.tasks.grounding.job import samples_by_way
+from megatron_interbert.tasks.grounding.job import open_two, samples_by_way
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
 from megatron_interbert.tasks.grounding.samples import RegionSamples, RegionSet
@@ -620,3 +621,29 @@ def test_the_oracle_sees_its_object_beside_the_scene(stores, tokenizer, tmp_path
         torch.testing.assert_close(features[-1], features[1])
         start += count
         assert row < 2
+
+
+def test_games_that_are_all_unfinished_say_why(stores, tmp_path):
+    path = write(tmp_path / "g.jsonl", game(stores, 1, status="incomplete"))
+    for read, place in ((read_dialogues, stores), (read_turns, stores.annotated)):
+        with pytest.raises(UsageError, match="dropped 1: the game came to no guess"):
+            read([path], place)
+
+
+def test_cells_of_a_grid_are_all_trained_on(tmp_path):
+    """Open a store whose images have more cells than the default of regions."""
+    folder = tmp_path / "grid"
+    write_regions(folder, {"1": 7, "2": 5})
+    manifest = folder / MANIFEST
+    document = json.loads(manifest.read_text())
+    document["detector"] = {**(document["detector"] or {}), "grid": [1, 7]}
+    manifest.write_text(json.dumps(document))
+    config = RefcocoConfig(data_path=str(folder), max_regions=3)
+    stores = open_two("", str(folder), config)
+    assert config.max_regions == stores.max_regions == 7
+    assert stores.read(np.array([[0], [1]])).counts.tolist() == [7, 5]
+    assert "--max-regions 7 instead of 3" in config.notes[0]
+
+    given = RefcocoConfig(data_path=str(folder), max_regions=3)
+    given.given.add("max_regions")
+    assert open_two("", str(folder), given).max_regions == 3

@@ -136,7 +136,7 @@ def test_each_step_trains_one_task_in_turn(run, world):
     main += [valid[f"guesswhat_{name}_accuracy"] for name in ("guesser", "oracle")]
     assert valid["mean"] == pytest.approx(np.mean(main))
     counts = ", ".join(f"{name} 0" for name in tasks)
-    assert f"left out, whose images a task is evaluated on: {counts}\n" in out
+    assert f"left out, because a task is evaluated on their images: {counts}\n" in out
 
 
 @pytest.mark.parametrize("tensor", [1, 2])
@@ -288,7 +288,9 @@ def test_images_to_evaluate_on_are_taken_out_of_all_training(world, tmp_path):
     asked = sum(str(entry["image_id"]) in gone for entry in questions)
     # of each image 6 expressions and 2 captions
     counts = f"vqa {asked}, snli_ve {pairs}, refcoco 18, retrieval 6"
-    assert f"training samples left out, whose images a task is evaluated on: {counts}\n" in out
+    assert (
+        f"training samples left out, because a task is evaluated on their images: {counts}\n" in out
+    )
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,15 @@ class Ablation:
         self.names = chosen(options.only, "--only", self.every)
         self.groups = [
             {name: every[name] for name in chosen(group.replace("+", ","), "--tasks", every)}
-            for group in options.tasks.split(",")
+            for group in filter(None, map(str.strip, options.tasks.split(",")))
         ]
+        names = [name for group in self.groups for name in group]
+        again = next((name for name in names if names.count(name) > 1), "")
+        if again or not names:
+            raise UsageError(
+                f"--tasks {options.tasks}: {again} occurs twice" if again else "--tasks is empty"
+            )
+
         self.images = Path(options.output) / "images.txt"
         self.scenes = 0
 

@@ -88,6 +88,8 @@ class Backbone:
             self.size = self._chosen_size()
             inputs, _ = self.prepare(probe_picture())
             found, again = self.maps(inputs[None]), self.maps(inputs[None])
+        except UsageError:
+            raise
         except FAILURES as error:
             reason = " ".join(str(error).split())[:200]
             raise UsageError(f"{where} fails on a small picture ({reason})") from error

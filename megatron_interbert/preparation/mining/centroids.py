@@ -88,19 +88,22 @@ def remove_damaged(store: Path) -> bool:
     were some.
     """
     entry = read_json(store / MANIFEST, "region store").get("clusters")
-    if not isinstance(entry, dict):
+    if not isinstance(entry, dict) or not isinstance(entry.get("centroids"), dict):
         return False
 
-    try:
-        whole = all(
-            file_sha256(store / name) == of["sha256"]
-            for name, of in ((CLUSTERS, entry), (CENTROIDS, entry["centroids"]))
-        )
-    except (FileNotFoundError, KeyError, TypeError):
-        whole = False
-
-    if not whole:
+    files = {CLUSTERS: entry, CENTROIDS: entry["centroids"]}
+    damaged = [name for name, of in files.items() if not is_as_written(store / name, of)]
+    if damaged:
         forget_clusters(store)
+    if CENTROIDS in damaged:
         (store / CENTROIDS).unlink(missing_ok=True)
 
-    return not whole
+    return bool(damaged)
+
+
+def is_as_written(path: Path, entry: dict[str, Any]) -> bool:
+    """Check whether a file is there with the sha256 of its entry."""
+    try:
+        return file_sha256(path) == entry["sha256"]
+    except FileNotFoundError:
+        return False

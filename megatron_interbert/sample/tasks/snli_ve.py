@@ -15,7 +15,6 @@ from megatron_interbert.sample.tasks.draws import Purpose, draw_for
 from megatron_interbert.sample.tasks.scenes import TaskScene, captions_of
 
 ROUNDS = 2  # of an entailment, a contradiction and a neutral statement about each scene
-
 MOST_TRIES = 1000  # of matching scenes
 
 

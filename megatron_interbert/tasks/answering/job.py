@@ -141,18 +141,19 @@ def answer_job(
     head could give none of the answers.
     """
     records = records.labelled("answer")
-    say_samples(state, records, Targets(records, answers))
 
     def make_set(records: Records) -> AnswerSet:
         samples = task.lay_out(records, opened.corpus, opened.tokenizer, config)
         return AnswerSet(samples, Targets(records, answers), config)
 
+    samples = make_set(records)
+    say_samples(state, records, samples.targets)
     data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
     data["task_heads"] = {task.name: {**task.record(answers), "settings": own_settings(config)}}
 
     job = Job(
         AnswerTask(task.name, task.rows, task.soft),
-        make_set(records),
+        samples,
         opened.sizes,
         (),
         data,

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.tasks.drops import Drops
 from megatron_interbert.tasks.image_finder import find_images
 from megatron_interbert.tasks.placing import Records, Rejected, place_records, refuse_repeated
 
@@ -29,12 +30,16 @@ class Record:
 
 
 def place_in(
-    corpus: Corpus, files: str, records: Iterable[Record | Rejected], whole: bool = False
+    corpus: Corpus,
+    files: str,
+    records: Iterable[Record | Rejected],
+    whole: bool = False,
+    beside: Drops | None = None,
 ) -> Records:
     """Find the images of records in a corpus; see `place_records`."""
     given = list(records)
     refuse_repeated(given, files)
-    return place_records(files, given, partial(find, corpus), corpus.path, whole)
+    return place_records(files, given, partial(find, corpus), corpus.path, whole, beside=beside)
 
 
 def find(corpus: Corpus, names: Iterable[str]) -> dict[str, tuple[int, ...]]:

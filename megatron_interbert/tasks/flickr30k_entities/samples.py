@@ -13,6 +13,7 @@ import numpy as np
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import file_sha256
 from megatron_interbert.reading import is_there, read_text
+from megatron_interbert.tasks.drops import Drops
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
 from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.two_stores import TwoStores
@@ -66,7 +67,8 @@ def read_phrases(
     root = Path(folder)
     unrelated = read_unrelated(root / UNRELATED)
     digest = hashlib.sha256(repr(sorted(unrelated)).encode())
-    records: list[RegionRecord | Rejected] = []
+    records: list[RegionRecord] = []
+    boxless = Drops()
 
     for image in read_text(images, "--images").split():
         annotation, sentences = files_of(root, image, images)
@@ -75,17 +77,15 @@ def read_phrases(
 
         chains = read_chains(annotation)
         for number, line in enumerate(sentences_of(sentences), 1):
-            found = list(records_of(image, number, line, chains, context, merged))
-            if (image, number) in unrelated:
-                found = [(name_of(record), OF_UNRELATED) for record in found]
-            records += found
+            for record in records_of(image, number, line, chains, context, merged):
+                if (image, number) in unrelated:
+                    boxless.add(OF_UNRELATED, name_of(record))
+                elif isinstance(record, tuple):
+                    boxless.add(record[1], record[0])
+                else:
+                    records.append(record)
 
-    boxless = [record for record in records if isinstance(record, tuple)]
-    placed = place_in(
-        stores, images, [record for record in records if not isinstance(record, tuple)], whole
-    )
-    for name, reason in boxless:
-        placed.drops.add(reason, name)
+    placed = place_in(stores, images, records, whole, boxless)
     placed.content = digest.hexdigest()
 
     return placed

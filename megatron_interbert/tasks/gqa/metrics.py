@@ -24,11 +24,12 @@ BREAKDOWNS: dict[str, Callable[[Record], object]] = {
 def check_questions(
     records: Records, choices: Choices | None = None, consistency: bool = False
 ) -> None:
-    """Raise UsageError if the metrics of questions cannot be computed: none is balanced, one has no
-    entry in `choices` or, for consistency, entails a question that is not there.
+    """Raise UsageError if the metrics of the questions that have answers cannot be computed: none
+    is balanced, one has no entry in `choices` or, for consistency, entails another question.
     """
-    balanced = balanced_of(records.items)
-    if not balanced:
+    known = [records.items[row] for row in records.known()]
+    balanced = balanced_of(known)
+    if known and not balanced:
         raise UsageError(
             f"{records.files}: none of the questions is balanced, and GQA's metrics are over those"
         )
@@ -39,13 +40,13 @@ def check_questions(
                 f"--choices has no entry for question {record.id}; give that of its split"
             )
 
-    there = {record.id for record in records.items}
+    there = {record.id for record in known}
     for record in balanced if consistency else ():
         missing = next((other for other in record.facts.entailed if other not in there), None)
         if missing is not None:
             raise UsageError(
                 f"--consistency: question {record.id} entails {missing}, which is not among the"
-                " questions; give the files of all questions"
+                " questions with answers; give the files of all questions"
             )
 
 

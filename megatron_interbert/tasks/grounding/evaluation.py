@@ -55,7 +55,7 @@ def evaluate_regions(
     check_photos(config.image_folder, state)
     model, source = load_with_head(task.name, lambda kept: HEAD, config, state, device)
     as_trained(config, source, task.name)
-    stores = open_two(config.annotated_path, config.data_path, config, config.max_regions)
+    stores = open_two(config.annotated_path, config.data_path, config)
     corpus, tokenizer = open_for(config, source, stores_of(config)[:1])
     fit_length(config, source.config)
     manifests = [s.path / MANIFEST for other in stores.corpora for s in other.stores]

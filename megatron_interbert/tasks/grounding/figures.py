@@ -9,8 +9,8 @@ from megatron_interbert.tasks.grounding.records import RegionRecord
 
 
 def is_nearest(record: RegionRecord, boxes: np.ndarray, convention: str) -> np.ndarray:
-    """Return whether boxes [n, 4] overlap the right one of a record's choices the most of all, bool
-    [n].
+    """Return which boxes [n, 4] overlap the right choice of a record more than its other choices,
+    bool [n]; one that overlaps none is not right.
     """
     shared = overlaps(boxes, record.choices, convention)
     return (shared.argmax(axis=1) == record.facts) & (shared.max(axis=1) > 0)

@@ -14,7 +14,6 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
-from megatron_interbert.tasks.config import LoadConfig
 from megatron_interbert.tasks.grounding.config import EvaluateRegionsConfig, RegionConfig
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord
@@ -93,7 +92,7 @@ class Opened:
 
 
 def open_two(
-    annotated: str, detected: str, config: RegionConfig | LoadConfig, max_regions: int
+    annotated: str, detected: str, config: RegionConfig | EvaluateRegionsConfig
 ) -> TwoStores:
     """Open the stores of annotated and detected regions; either path may be empty.
 
@@ -104,12 +103,12 @@ def open_two(
     if all(stores):
         stores[0].check_alike(stores[1].stores[0], config.allow_other_detector, "--data-path")
 
-    return TwoStores(*stores, max_regions)
+    return TwoStores(*stores, config.max_regions)  # as it was fitted to the stores
 
 
 def open_run(config: RegionConfig) -> Opened:
     """Open the stores and the vocabulary of a finetuning."""
-    stores = open_two(config.annotated_path, config.data_path, config, config.max_regions)
+    stores = open_two(config.annotated_path, config.data_path, config)
     paths = [*split_paths(config.data_path), *split_paths(config.annotated_path)]
     tokenizer = vocabulary_of_run(config, paths)
 
@@ -123,9 +122,10 @@ def open_valid(config: RegionConfig, trained: TwoStores) -> TwoStores:
 
     annotated = config.valid_annotated_path or config.annotated_path
     detected = config.valid_data_path or config.data_path
-    valid = open_two(annotated, detected, config, config.max_regions)
+    valid = open_two(annotated, detected, config)
     first = valid.corpora[0].stores[0]
-    trained.corpora[0].check_alike(first, config.allow_other_detector, "--valid-data-path")
+    flag = "--valid-data-path" if valid.annotated is None else "--valid-annotated-path"
+    trained.corpora[0].check_alike(first, config.allow_other_detector, flag)
 
     return valid
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_interbert.tasks.drops import Drops
 from megatron_interbert.tasks.grounding.boxes import problem_of
 from megatron_interbert.tasks.placing import Records, Rejected, place_records, refuse_repeated
 from megatron_interbert.tasks.two_stores import TwoStores
@@ -39,7 +40,11 @@ class RegionRecord:
 
 
 def place_in(
-    stores: TwoStores, files: str, records: Iterable[RegionRecord | Rejected], whole: bool = False
+    stores: TwoStores,
+    files: str,
+    records: Iterable[RegionRecord | Rejected],
+    whole: bool = False,
+    beside: Drops | None = None,
 ) -> Records:
     """Find the images of records in two stores; records with a bad box are dropped as well."""
     given = list(records)
@@ -55,4 +60,4 @@ def place_in(
 
     paths = ", ".join(corpus.path for corpus in stores.corpora)
 
-    return place_records(files, given, stores.find, paths, whole, check)
+    return place_records(files, given, stores.find, paths, whole, check, beside)

@@ -13,9 +13,7 @@ from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.task import Job
 from megatron_interbert.tasks.two_stores import TwoStores
 
-GUESSER = Pointing(
-    "guesswhat_guesser", is_nearest, accuracy_and_error, ("accuracy", "error"), apart=False
-)
+GUESSER = Pointing("guesswhat_guesser", is_nearest, accuracy_and_error, apart=False)
 
 
 def read_dialogues(paths: Sequence[str], stores: TwoStores, whole: bool = False) -> Records:
@@ -25,10 +23,7 @@ def read_dialogues(paths: Sequence[str], stores: TwoStores, whole: bool = False)
     an image in the stores; if `whole`, that raises UsageError.
     """
     games, drops = finished_games(paths)
-    found = place_in(stores, ", ".join(paths), map(dialogue_of, games), whole)
-    found.drops.take(drops)
-
-    return found
+    return place_in(stores, ", ".join(paths), map(dialogue_of, games), whole, drops)
 
 
 def dialogue_of(game: Game) -> RegionRecord | Rejected:

@@ -27,7 +27,7 @@ def oracle_metrics(records: Sequence[Record], given: Sequence[str]) -> dict[str,
     return {"accuracy": accuracy, "error": 100.0 - accuracy}
 
 
-ORACLE = Answering("guesswhat_oracle", oracle_metrics, ("accuracy", "error"), samples=OracleSamples)
+ORACLE = Answering("guesswhat_oracle", oracle_metrics, samples=OracleSamples)
 
 
 def read_turns(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Records:
@@ -38,10 +38,8 @@ def read_turns(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Rec
     """
     games, drops = finished_games(paths)
     records = [record for game in games for record in turns_of(game)]
-    found = place_in(corpus, ", ".join(paths), records, whole)
-    found.drops.take(drops)
 
-    return found
+    return place_in(corpus, ", ".join(paths), records, whole, drops)
 
 
 def turns_of(game: Game) -> Iterator[Record | Rejected]:

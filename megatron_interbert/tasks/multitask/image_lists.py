@@ -50,7 +50,8 @@ def read_array(path: str, flag: str) -> list[int] | list[str]:
     """Return the numbers or texts in an array of NumPy's."""
     try:
         with reading(path):
-            return np.load(io.BytesIO(read_regular(Path(path))), allow_pickle=False).tolist()
+            content = io.BytesIO(read_regular(Path(path)))
+        return np.lib.format.read_array(content, allow_pickle=False).tolist()
     except OSError as error:
         raise UsageError(f"{flag}: cannot read {path} ({error.strerror})") from error
     except (ValueError, EOFError) as error:

@@ -152,7 +152,10 @@ def leave_out_images(
     lost = {name: job.leave_out(names) for name, job in jobs.items()}
     if state.is_main:
         counts = ", ".join(f"{name} {len(ids)}" for name, ids in lost.items())
-        print(f"training samples left out, whose images a task is evaluated on: {counts}")
+        print(
+            f"training samples left out, because a task is evaluated on their images: {counts}",
+            flush=True,
+        )
 
     return lost
 

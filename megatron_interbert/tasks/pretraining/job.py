@@ -3,6 +3,7 @@
 import copy
 from typing import Any
 
+from megatron_interbert.config.objectives import HEAD
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_NEGATIVES
@@ -15,7 +16,7 @@ from megatron_interbert.tasks.parts import (
     open_stores,
     vocabulary_of_run,
 )
-from megatron_interbert.tasks.pretraining.questions import HEAD, Asked, read_questions
+from megatron_interbert.tasks.pretraining.questions import Asked, read_questions
 from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.task import Job
 

@@ -30,7 +30,6 @@ FORMATS = {"vqa": (VqaConfig, vqa_job), "gqa": (GqaConfig, gqa_job), "vgqa": (Vg
 # flags that say which questions there are, and which answers
 OF_FILES = {"questions", "annotations", "answers", "min_occurrences", "balanced"}
 CHOOSING = ("balanced", "min_occurrences")  # those that are no files
-HEAD = "vqa"  # under which a checkpoint keeps the head, so that evaluate vqa finds it
 
 
 @dataclass

@@ -50,13 +50,12 @@ def hard_label_losses(
     has a probability. With `confidence` a loss is multiplied by the label's probability (LXMERT,
     VOLTA).
     """
-    is_background = class_ids == (-1 if background is None else background)
-    no_object = is_background & (class_probs > 0)
-    best = class_probs.masked_fill(no_object, 0.0).argmax(dim=1, keepdim=True)
-    nothing = class_probs.gather(1, best) <= 0
-    best = torch.where(
-        nothing | is_background.gather(1, best), class_probs.argmax(dim=1, keepdim=True), best
-    )
+    objects = class_probs
+    if background is not None:
+        objects = class_probs.masked_fill(class_ids == background, 0.0)
+
+    has_object = objects.amax(dim=1, keepdim=True) > 0
+    best = torch.where(has_object, objects, class_probs).argmax(dim=1, keepdim=True)
     labels = class_ids.gather(1, best).squeeze(1)
     losses = F.cross_entropy(logits, labels, reduction="none")
     if confidence:

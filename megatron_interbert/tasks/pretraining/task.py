@@ -9,12 +9,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.config.objectives import OBJECTIVES, OF_CLASSES, USUAL, WITH_MATCHING
+from megatron_interbert.config.objectives import HEAD, OBJECTIVES, OF_CLASSES, USUAL, WITH_MATCHING
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBertOutput
 from megatron_interbert.tasks.pretraining.alignment import alignment_distances
-from megatron_interbert.tasks.pretraining.questions import HEAD
 from megatron_interbert.tasks.pretraining.region_losses import (
     attribute_losses,
     feature_losses,

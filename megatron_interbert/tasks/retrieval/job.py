@@ -104,11 +104,11 @@ def leave_out(job: Job, names: Collection[str]) -> list[str]:
     captions = samples.samples
     ids = shown_ids(corpus, corpus.caption_image[captions])
     kept = captions[rows_without(names, [(image,) for image in ids], corpus.path)]
-    left = np.setdiff1d(captions, kept)
-    if len(left):
+    lost = np.setdiff1d(captions, kept)
+    if len(lost):
         job.samples = RetrievalSet(corpus, samples.tokenizer, samples.config, kept)
 
-    return list(map(str, left))
+    return list(map(str, lost))
 
 
 def valid_pairs(config: RetrievalConfig, corpus: Corpus, tokenizer: CaptionTokenizer) -> Pairs:

@@ -12,7 +12,7 @@ from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.records import read_records
 
 CLASSES = ("contradiction", "neutral", "entailment")
-# as the generator, the authors' README and VOLTA's files spell it; other capitals and underlines
+# as the generator, the authors' README and VOLTA's files spell it; other capitals and underscores
 # are accepted as well
 IMAGE_KEYS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
 UNDECIDED = "-"  # the label of pairs on which people did not agree
@@ -41,8 +41,8 @@ def read_pairs(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Rec
 def record_of(entry: dict[str, Any], where: str) -> Record | Rejected:
     """Return a statement as a record, or (id, reason) if it cannot be used."""
     number = str(entry["pairID"])
-    named = (str(entry[key]) for key in entry if plain(key) in map(plain, IMAGE_KEYS))
-    image = next((name for name in named if name not in ("", "None")), "")
+    named = (entry[key] for key in entry if plain(key) in PLAIN_KEYS)
+    image = next((str(name) for name in named if isinstance(name, str | int) and name != ""), "")
     if not image:
         raise UsageError(f"{where} has none of {', '.join(IMAGE_KEYS)}, which name the image")
     if not entry["sentence2"].strip():
@@ -58,5 +58,8 @@ def record_of(entry: dict[str, Any], where: str) -> Record | Rejected:
 
 
 def plain(key: str) -> str:
-    """Return a key without capitals and underlines."""
+    """Return a key in lower case, without underscores."""
     return key.casefold().replace("_", "")
+
+
+PLAIN_KEYS = {plain(key) for key in IMAGE_KEYS}

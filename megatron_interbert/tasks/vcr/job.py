@@ -128,12 +128,12 @@ def leave_out(job: Job, questions: Questions, names: Collection[str]) -> list[st
     samples: VcrSet = job.samples
     images = [(samples.images.id_of(question),) for question in questions.items]
     kept = rows_without(names, images, questions.path)
-    left = sorted(set(range(len(images))).difference(kept))
-    if left:
+    lost = sorted(set(range(len(images))).difference(kept))
+    if lost:
         some = replace(questions, items=[questions.items[row] for row in kept])
         job.samples = VcrSet(some, samples.images, samples.texts, samples.config)
 
-    return [questions.items[row].annot_id for row in left]
+    return [questions.items[row].annot_id for row in lost]
 
 
 def open_valid_images(config: VcrConfig, images: VcrImages) -> VcrImages:

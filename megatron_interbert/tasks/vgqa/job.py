@@ -47,7 +47,10 @@ def vgqa_job(config: VgqaConfig, state: ParallelState) -> Job:
     if not kept:
         raise UsageError(f"{records.files}: no answer is among those to choose from")
     if beyond and state.is_main:
-        print(f"{records.files}: {beyond} questions left out: the head cannot give their answers")
+        print(
+            f"{records.files}: {beyond} questions left out: the head cannot give their answers",
+            flush=True,
+        )
 
     valid = None
     if config.minval or valid_questions:
