@@ -2,7 +2,6 @@
 batches, the same on every layout; plans of alignment; steps of one objective.
 """
 
-import dataclasses
 import itertools
 import json
 
@@ -17,7 +16,6 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.packing import to_batch
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.text import CaptionTokenizer
-from megatron_interbert.errors import UsageError
 from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.model.partition import partition_dimension
@@ -402,49 +400,6 @@ def test_alignment_joins_the_steps_of_matching(store):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"objectives": "msm,mrf"}, r"unknown 'mrf' \(did you mean 'mrfr'"),
-        ({"objective_weights": "itm"}, "'itm', expected NAME:WEIGHT with a positive number"),
-        ({"objective_weights": "itm:-1"}, "expected NAME:WEIGHT"),
-        ({"objective_weights": "wra:1"}, "wra is not among --objectives"),
-        (
-            {"objective_mix": "msm:1", "objectives": "msm,itm"},
-            "draws msm, but --objectives are msm,itm",
-        ),
-        ({"objective_mix": "wra:1", "objectives": "wra"}, "wra has no steps of its own"),
-        ({"objectives": "msm,vqa"}, "vqa needs --questions"),
-        ({"questions": "x.yaml"}, "nothing is trained on their answers"),
-        ({"objective_mix": "msm:1", "objectives": "msm,wra"}, "wra needs itm"),
-    ],
-)
-def test_objectives_that_make_no_sense(change, message):
-    config = dataclasses.replace(RunConfig(), **change)
-    config.given = {"objectives"}
-    with pytest.raises(UsageError, match=message):
-        config.check()
-
-
-def test_stores_without_labels_take_other_objectives():
-    config = RunConfig()
-    config.fit_objectives(has_labels=False)
-    assert config.objectives == "msm,mrfr,itm"
-    assert "the regions have no class labels to predict" in config.notes[0]
-    task = PretrainingTask(config, has_labels=False)
-    assert task.names == ("msm", "mrfr", "itm")
-    assert heads_of(config, False) == ("msm", "itm", "mrfr")
-
-    mixed = RunConfig(objective_mix="msm:1,itm:2")
-    mixed.fit_objectives(has_labels=True)
-    assert mixed.objectives == "msm,itm"
-    given = RunConfig(objectives="mrm")
-    given.given = {"objectives"}
-    given.fit_objectives(has_labels=False)
-    assert given.objectives == "mrm"
-    assert np.isclose(PretrainingTask(given).factors[""].sum(), 1)
-
-
-@pytest.mark.parametrize(
     ("ids", "probs", "background", "label"),
     [
         ([0, 5, 3], [0.6, 0.3, 0.1], 0, 5),
@@ -461,37 +416,6 @@ def test_the_likeliest_class_that_is_an_object(ids, probs, background, label):
     assert labels.tolist() == [label]
     expected = np.log(8) * probs[ids.index(label)]
     assert losses.item() == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("more", "message"),
-    [
-        ({"objective_mix": "msm:1,mrfr:1", "objective_weights": "mrfr:0.5"}, ""),
-        ({"objective_weights": "mrfr:0.5"}, "mrfr is not among --objectives msm,mrm,itm"),
-        ({"objective_mix": "wra:1,msm:1"}, "wra has no steps of its own"),
-        ({"objective_mix": "itm:1,msm:1", "objective_weights": "mrm:2"}, "mrm is not among"),
-        ({"objective_weights": "mrx:2"}, "unknown 'mrx'"),
-    ],
-)
-def test_flags_of_objectives_are_checked_once_these_are_known(store, more, message):
-    def prepare():
-        config = RunConfig(data_path=str(store), **more)
-        config.check()
-        config.fit_objectives(has_labels=True)
-
-    if not message:
-        prepare()
-        return
-
-    with pytest.raises(UsageError, match=message):
-        prepare()
-
-
-def test_weights_for_objectives_of_a_store_without_labels(store):
-    config = RunConfig(data_path=str(store), objective_weights="mrfr:0.5")
-    config.check()
-    config.fit_objectives(has_labels=False)
-    assert config.weights_of_objectives() == {"msm": 1.0, "mrfr": 0.5, "itm": 1.0, "wra": 0.1}
 
 
 def test_a_step_of_a_mix_reports_its_own_objective(store):
