@@ -48,7 +48,8 @@ def check_mix(mix: Mapping[str, float], objectives: tuple[str, ...]) -> None:
     for name in WITH_MATCHING:
         if name in mix:
             raise UsageError(
-                f"--objective-mix: {name} has no steps of its own; it joins those of itm"
+                f"--objective-mix: {name} has no steps of its own, but joins those of itm; leave it"
+                " out of the mix, and name it in --objectives"
             )
         if name in objectives and "itm" not in mix:
             raise UsageError(f"--objective-mix: {name} needs itm, whose steps it joins")

@@ -293,7 +293,12 @@ class LoggingSettings(Flags):
     GROUP: ClassVar[str] = "logging"
 
     log_interval: int = setting(10, "steps between log lines", FREE, least=1)
-    eval_interval: int = setting(0, "steps between evaluations; 0: none", FREE, least=0)
+    eval_interval: int = setting(
+        0,
+        "steps between evaluations; 0: none, or in finetuning the end of each epoch",
+        FREE,
+        least=0,
+    )
     tensorboard_dir: str = setting(
         "", "folder of TensorBoard's files; default: SAVE/tensorboard", FREE, may_differ=True
     )

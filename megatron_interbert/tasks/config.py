@@ -1,5 +1,6 @@
 """Declare the flags that all finetuning runs and all evaluations share; each task adds its own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,12 +9,14 @@ from megatron_interbert.config.options import (
     BELOW_1,
     FREE,
     Flags,
+    flag,
     option,
     redefault,
     setting,
 )
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.config.training import TrainConfig
+from megatron_interbert.errors import UsageError
 
 PRECISIONS = ("auto", "fp32", "tf32", "bf16")  # of evaluations; tasks/precision.py resolves auto
 
@@ -91,6 +94,20 @@ def finetuned_average(decay: float = 0.9999) -> Any:
 def training_store(default: str, help: str, may_differ: bool = True) -> Any:
     """Declare a flag that names region stores of a finetuning run."""
     return setting(default, help, FREE, may_differ=may_differ, names_store=True)
+
+
+def refuse_idle_stores(config: FinetuneConfig, stores: Sequence[str]) -> None:
+    """Raise UsageError if validation stores are given, but nothing that is evaluated on them."""
+    given = [name for name in stores if getattr(config, name)]
+    kinds = ("valid_questions", "valid_annotations", "valid_split", "valid_images", "valid_games")
+    samples = [name for name in kinds if hasattr(config, name)]
+    evaluates = any(getattr(config, name) for name in samples) or getattr(config, "minval", 0)
+
+    if given and not evaluates:
+        raise UsageError(
+            f"{config.told(given[0])}: nothing is evaluated on it; give {flag(samples[0])} too, or"
+            " leave it out"
+        )
 
 
 def store(default: str, help: str) -> Any:

@@ -138,7 +138,8 @@ def place_records(
             images.append(place)
             continue
 
-        drops.add(why, name)
+        # of a missing image, the name that was looked for
+        drops.add(why, f"{name}, image {record}" if why == NO_IMAGE else name)
         if whole:
             raise UsageError(f"{files}: {name}: {why}; every sample must be answered")
 
@@ -156,7 +157,7 @@ def judged(
     given: Iterable[AnyRecord | Rejected], numbers: Numbers
 ) -> Iterator[tuple[Any, str, tuple[int, ...], str]]:
     """Yield (record, its id, the numbers of its images, "") or, for a sample that cannot be used,
-    (None, id, (), reason).
+    (None, id, (), reason); if it lacks an image, with that image's name for None.
     """
     for entry in given:
         if isinstance(entry, tuple):
@@ -164,7 +165,8 @@ def judged(
         elif all(name in numbers for name in entry.images):
             yield entry, entry.id, tuple(n for name in entry.images for n in numbers[name]), ""
         else:
-            yield None, entry.id, (), NO_IMAGE
+            missing = next(name for name in entry.images if name not in numbers)
+            yield missing, entry.id, (), NO_IMAGE
 
 
 def refuse_repeated(records: Iterable[AnyRecord | Rejected], files: str) -> None:

@@ -447,4 +447,4 @@ def test_statements_of_nlvr2_that_are_none(tmp_path):
     lost = {**entry, "identifier": "dev-2-0-0"}
     records = read_statements([write(tmp_path / "lost.json", entry, lost)], corpus)
     assert dict(records.drops.counts) == {"its image is not in the region store": 1}
-    assert records.report().endswith("(first: dev-2-0-0)")
+    assert records.report().endswith("(first: dev-2-0-0, image dev-2-0-img0)")

@@ -85,7 +85,8 @@ def evaluate_answers(
 
     def page() -> str:
         photos = photos_in(config.image_folder)
-        return result_page(result, records, predictions, answers, corpus, config.examples, photos)
+        most = config.examples
+        return result_page(result, records, predictions, answers, corpus, most, photos, task.soft)
 
     name, make = submission
     outputs = []

@@ -27,8 +27,11 @@ def result_page(
     corpus: Corpus,
     most: int,
     photos: PhotoFolder | None,
+    soft: bool,
 ) -> str:
-    """Return the HTML of a page with up to `most` samples, spread evenly over the files."""
+    """Return the HTML of a page with up to `most` samples, spread evenly over the files; scores of
+    `soft` answers are independent of each other.
+    """
     symbols: dict[int, Markup] = {}
     shown = []
 
@@ -60,6 +63,7 @@ def result_page(
         peers=result.get("beside", []),
         samples=shown,
         symbols=symbols.values(),
+        soft=soft,
     )
 
 
