@@ -130,6 +130,7 @@ def open_for(
     Raises UsageError if sizes, detector or vocabulary differ from those of the weights.
     """
     corpus = open_stores(stores, config) if stores else None
+    refuse_generated(config, corpus)
     beside = source.path if source.path.is_dir() else source.path.parent
     tokenizer = open_vocabulary(config.vocab_file, [*stores, beside], source.config)
     where = corpus.path if corpus else config.load
@@ -153,6 +154,17 @@ def open_for(
         )
 
     return corpus, tokenizer
+
+
+def refuse_generated(config: EvaluateConfig, corpus: Corpus | None) -> None:
+    """Raise UsageError if generated data are said to be a benchmark's."""
+    benchmark = getattr(config, "benchmark", "")
+    for store in corpus.stores if corpus and benchmark else ():
+        if store.manifest.get("generated"):
+            raise UsageError(
+                f"--benchmark {benchmark}: {store.path} holds generated data, which published"
+                " figures are not about; leave it out"
+            )
 
 
 def give_up(problem: str) -> None:
@@ -179,7 +191,7 @@ def agree_on_inputs(
     folder = output_folder(config, source)
     together(state, lambda: check_writable(folder, "--output") if state.is_main else None)
     if state.is_main:
-        print(*config.notes, sep="\n", end="\n" * bool(config.notes), flush=True)
+        print(*config.notes, f"weights: {source.path}", sep="\n", flush=True)
 
     flags = {
         flag(name): getattr(config, name) for name, facts in rows(config) if not facts.may_differ

@@ -262,6 +262,10 @@ def test_pictures_show_the_things_in_their_boxes(world):
             x, y = ((box[:2] + box[2:]) / 2 * SCALE).astype(int)
             right += "#{:02x}{:02x}{:02x}".format(*picture[y, x]) == PAINT[colour]
     assert right > 0.95 * 6 * len(scenes)
+    captions = world / "tasks" / "pictures" / "test_captions.jsonl"
+    lines = [json.loads(line) for line in captions.read_text().splitlines()]
+    assert len(lines) == 2 * SIZES["test"]
+    assert {line["image"] for line in lines} >= {str(image) for image in scenes}
     shapes = [shape_of(kind) for kind in range(len(NAMES))]
     assert len({shape.tobytes() for shape in shapes}) == len(NAMES)
     assert all((shape >= 0).all() and (shape <= 1).all() for shape in shapes)

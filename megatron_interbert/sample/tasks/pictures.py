@@ -3,12 +3,15 @@ in the thing's colour, on the ground of the place.
 """
 
 import colorsys
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
+from megatron_interbert.data.store import RegionStore
+from megatron_interbert.files import write_text
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.corpus import COLOUR_NAMES, HEIGHT, PLACE_NAMES, WIDTH
 from megatron_interbert.sample.tasks.scenes import TaskScene
@@ -58,3 +61,12 @@ def write_pictures(folder: Path, scenes: Mapping[int, TaskScene]) -> None:
     title = f"pictures in {folder.name}"
     for image, scene in progress(scenes.items(), desc=title, unit="picture"):
         picture_of(scene).save(folder / f"{image}.png")
+
+
+def write_captions(store: RegionStore, path: Path) -> None:
+    """Write the captions of a store as JSON lines, for stores of the same scenes' pictures."""
+    lines = [
+        json.dumps({"image": store.image_id(int(image)), "caption": store.caption(number)}) + "\n"
+        for number, image in enumerate(store.caption_image)
+    ]
+    write_text(path, "".join(lines))

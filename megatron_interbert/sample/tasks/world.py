@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from megatron_interbert.data.store import RegionStore
 from megatron_interbert.progress import progress
 from megatron_interbert.sample.corpus import World
 from megatron_interbert.sample.tasks.draws import Purpose, draw_for
 from megatron_interbert.sample.tasks.gqa import write_gqa, write_vgqa
 from megatron_interbert.sample.tasks.nlvr2 import write_nlvr2
 from megatron_interbert.sample.tasks.one_sided import write_looks, write_texts
-from megatron_interbert.sample.tasks.pictures import write_pictures
+from megatron_interbert.sample.tasks.pictures import write_captions, write_pictures
 from megatron_interbert.sample.tasks.pointing import (
     write_entities,
     write_guesswhat,
@@ -50,7 +51,7 @@ def write_world(
     world: World, folder: Path, sizes: Mapping[str, int], seed: int, pictures: bool = False
 ) -> None:
     """Write the stores of each split, SPLIT and SPLIT_boxes, with so many scenes, annotations for
-    each task and perhaps pictures of the scenes, pictures/SPLIT/IMAGE.png.
+    each task and perhaps pictures of the scenes, pictures/SPLIT/IMAGE.png, with their captions.
     """
     drawn = {split: draw_scenes(world, split, count, seed) for split, count in sizes.items()}
 
@@ -63,6 +64,8 @@ def write_world(
             write(folder / task, split, scenes, seed)
         if pictures:
             write_pictures(folder / "pictures" / split, scenes)
+            captions = folder / "pictures" / f"{split}_captions.jsonl"
+            write_captions(RegionStore(str(folder / split)), captions)
 
         sets = max(len(scenes) // PAIRS, 1)
         write_nlvr2(world, folder / "nlvr2", OTHER_NAMES["nlvr2"][split], sets, seed)

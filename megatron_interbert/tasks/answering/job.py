@@ -147,7 +147,7 @@ def answer_job(
         return AnswerSet(samples, Targets(records, answers), config)
 
     samples = make_set(records)
-    say_samples(state, records, samples.targets)
+    say_samples(state, records, samples.targets, answers)
     data = describe_data(opened.tokenizer, opened.corpus, files, task.name)
     data["task_heads"] = {task.name: {**task.record(answers), "settings": own_settings(config)}}
 
@@ -195,18 +195,21 @@ def evaluation_of(
     return evaluate
 
 
-def say_samples(state: ParallelState, records: Records, targets: Targets) -> None:
-    """Print how many samples there are, and how many have no answer that the head can give; raises
-    UsageError if none has one.
+def say_samples(
+    state: ParallelState, records: Records, targets: Targets, answers: AnswerList
+) -> None:
+    """Print how many samples there are, how many answers the head can give, and how many samples
+    have none of these; raises UsageError if all have none.
     """
     if targets.without == len(records):
+        wanted = next(iter(records.items[0].answers))
         raise UsageError(
-            f"{records.files}: none of the answers is among those that the head can give; give the"
-            " list of answers of these files"
+            f"{records.files}: none of the answers (such as '{wanted}') is among those that the"
+            f" head can give (such as '{answers[0]}'); give the list of answers of these files"
         )
 
     beyond = ""
     if targets.without:
-        beyond = f"; {targets.without} have no answer that the head can give"
+        beyond = f"; {targets.without} of the samples have none of them"
     if state.is_main:
-        print(f"{records.report()}{beyond}", flush=True)
+        print(f"{records.report()}; {len(answers)} answers to choose from{beyond}", flush=True)

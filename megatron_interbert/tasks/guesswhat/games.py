@@ -55,7 +55,7 @@ def read_games(paths: Sequence[str]) -> Iterator[Game]:
     Raises UsageError that names the line if a key is missing or of another kind.
     """
     if not paths:
-        raise UsageError("--games is missing; give guesswhat.train.jsonl.gz")
+        raise UsageError("--games is missing; give guesswhat.SPLIT.jsonl.gz")
 
     for path in paths:
         for where, entry in parse_records(text_of(path), path, "--games", KEYS, OTHER_NAMES):

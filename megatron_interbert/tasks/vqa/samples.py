@@ -107,9 +107,13 @@ def read_annotations(paths: Sequence[str]) -> Answered | None:
     found: dict[int, VqaFacts] = {}
 
     for path in paths:
-        listed = read_json(path, "--annotations").get("annotations")
+        document = read_json(path, "--annotations")
+        listed = document.get("annotations")
         if not isinstance(listed, list):
-            raise UsageError(f"--annotations {path}: has no list 'annotations'; give a file of VQA")
+            swapped = " (it has 'questions': are both files swapped?)" * ("questions" in document)
+            raise UsageError(
+                f"--annotations {path}: has no list 'annotations'{swapped}; give a file of VQA"
+            )
 
         for number, entry in enumerate(listed):
             where = f"{path}: annotation {number}"
