@@ -267,6 +267,13 @@ def test_requests_that_cannot_be_met(stores, tmp_path):
     assert "has other clusters; give --overwrite to replace them" in err
 
 
+def test_an_inspection_knows_clusters(stores, tmp_path):
+    (train, _), _ = stores
+    inspect = (sys.executable, "tools/inspect_features.py", train, "--output", tmp_path / "seen")
+    ran(*tool(train, "--clusters", KINDS, "--overwrite"))
+    assert f"{KINDS} clusters stand for classes" in ran(*inspect)
+
+
 def test_summary_counts_what_clusters_are_worth():
     assert "40 regions in 5 clusters, 1 of them empty" in described(np.array([10, 10, 0, 10, 10]))
     assert "the largest has 25.0 %; as diverse as 4 clusters of equal size" in described(

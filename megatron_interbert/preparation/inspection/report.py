@@ -178,7 +178,7 @@ def inspect_store(store: RegionStore, options: InspectionOptions) -> Report:
 
     report = Report(
         store=str(store.path),
-        facts={name: store.manifest[name] for name in FACTS if name in store.manifest},
+        facts=_facts(store.manifest),
         counts=_counts(inspector),
         shards=shards,
         histograms=_histograms(counts),
@@ -194,6 +194,14 @@ def inspect_store(store: RegionStore, options: InspectionOptions) -> Report:
     report.verdicts = judge(report, counts.findings, inspector.repeated_images(), hashes)
 
     return report
+
+
+def _facts(manifest: dict[str, Any]) -> dict[str, Any]:
+    clusters = manifest.get("clusters")
+    return {
+        **{name: manifest[name] for name in FACTS if name in manifest},
+        **({"clusters": clusters["count"]} if clusters else {}),
+    }
 
 
 def _counts(inspector: Inspector) -> dict[str, Any]:

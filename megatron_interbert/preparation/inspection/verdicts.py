@@ -244,6 +244,10 @@ def _boxes(report: Report) -> Iterator[Verdict]:
 def _labels(report: Report) -> Iterator[Verdict]:
     shift = report.class_shift
     classes = report.classes
+    if classes["mean_probability"] is None and "clusters" in report.facts:
+        yield Verdict(OK, "labels", f"{report.facts['clusters']} clusters stand for classes")
+        return
+
     if classes["mean_probability"] is None:
         mend = (
             "train on words, features and matching (--objectives msm,mrfr,itm), find clusters with"
