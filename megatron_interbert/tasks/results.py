@@ -129,11 +129,22 @@ class Output:
 
 
 def write_outputs(
-    folder: Path, result: dict[str, Any], unlabelled: str, outputs: Sequence[Output]
+    folder: Path,
+    result: dict[str, Any],
+    unlabelled: str,
+    outputs: Sequence[Output],
+    others: Sequence[str],
 ) -> None:
     """Write result.json and further files to a folder, in this order; print the metrics, the note
     about samples without an answer (`unlabelled`, may be empty), and the path of each file.
+
+    `others` are names of files that an earlier evaluation may have left, which are removed.
     """
+    for name in set(others).difference(output.name for output in outputs):
+        if (folder / name).is_file():
+            (folder / name).unlink()
+            print(f"removed: {folder / name}, of an earlier evaluation")
+
     write_result(folder, result)
     print(table(result) if result["metrics"] else "no metrics computed")
     if unlabelled:

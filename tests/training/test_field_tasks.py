@@ -220,6 +220,10 @@ def test_every_task_evaluates_its_own_head(run, world, tmp_path, task):
     assert page.count("<svg role") >= 5
     assert "<script" not in page
 
+    if task == "vqa":
+        evaluated(task, run, world, tmp_path, examples=0)
+        assert {path.name for path in folder.iterdir()} == {"result.json", "tensorboard"}
+
 
 def test_samples_without_an_answer_do_not_count(run, world, tmp_path, capsys):
     path = world / "gqa" / "test_balanced_questions.json"

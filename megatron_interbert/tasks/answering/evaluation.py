@@ -95,7 +95,7 @@ def evaluate_answers(
     if config.examples:  # last, because photos may turn out to be unreadable
         outputs.append(Output("result.html", page, "page"))
 
-    write_outputs(folder, result, records.unlabelled("answer"), outputs)
+    write_outputs(folder, result, records.unlabelled("answer"), outputs, (name, "result.html"))
 
     return result
 

@@ -95,7 +95,8 @@ def evaluate_regions(
     if config.examples:  # last, because photos may turn out to be unreadable
         outputs.append(Output("result.html", page, "page"))
 
-    write_outputs(folder, result, records.unlabelled("box"), outputs)
+    names = ("predictions.jsonl", "result.html")
+    write_outputs(folder, result, records.unlabelled("box"), outputs, names)
 
     return result
 
