@@ -96,7 +96,7 @@ class PhotoSource:
         self.seconds.clear()
 
         for batch in self._timed("waiting for photos", waiting):
-            self.seconds["decoding, beside the detector"] += batch.seconds
+            self.seconds["decoding, beside the model"] += batch.seconds
             good = {
                 p: picture
                 for p, picture in batch.pictures.items()
@@ -107,7 +107,7 @@ class PhotoSource:
             found |= self._detect(
                 {place: (photos[place], picture) for place, picture in good.items()}
             )
-            self.seconds["detector"] += time.perf_counter() - started
+            self.seconds["model"] += time.perf_counter() - started
 
         yield from (found[place] for place in range(len(photos)))
 
