@@ -349,7 +349,7 @@ def test_whole_folder_with_one_process_and_with_two(folders, tmp_path):
         assert code == 0, out + err
         assert "51 images, " in out, out
         assert "255 captions, 5 photos dropped" in out, out
-        assert re.search(r"\n  detector +\d+\.\d s +\d+\.\d %\n", out), "where the time went"
+        assert re.search(r"\n  model +\d+\.\d s +\d+\.\d %\n", out), "where the time went"
 
     one, two = (RegionStore(str(tmp_path / f"store{workers}")) for workers in (1, 2))
     assert one.manifest == two.manifest, "hashes of all files are in it"

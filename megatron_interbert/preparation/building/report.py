@@ -104,5 +104,5 @@ def print_seconds(seconds: Counter[str]) -> None:
     rest = seconds["reading"] - sum(parts.values()) + beside
     total = seconds["reading"] + seconds["writing"]
     for name, spent in {**parts, "writing": seconds["writing"], "the rest": rest}.items():
-        share = 100 * spent / max(total, 1e-9)
-        print(f"  {name:<32} {spent:10.1f} s  {share:5.1f} %")
+        share = f"  {100 * spent / max(total, 1e-9):5.1f} %"
+        print(f"  {name:<32} {spent:10.1f} s{share if 'beside' not in name else ''}")
