@@ -16,7 +16,7 @@ OBJECTIVES = {
     "vqa": "answers to questions about images",
     "wra": "alignment of words and regions by optimal transport",
 }
-HEAD = "vqa"  # under which a checkpoint keeps the head of vqa, so that evaluate vqa finds it
+ANSWER_HEAD = "vqa"  # under which a checkpoint keeps the head of vqa, so that evaluate vqa finds it
 USUAL = ("msm", "mrm", "itm")
 WITHOUT_LABELS = ("msm", "mrfr", "itm")  # for stores whose regions have no classes
 OF_CLASSES = ("mrm", "mrc")

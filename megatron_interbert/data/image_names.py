@@ -34,7 +34,6 @@ PREFIX = re.compile(
     r"^(?:nlvr2|flickr30k|gqa|vg|v7w|visual_grounding_(?:det_)?coco(?:_gt)?)_(?=[^/]*\d)",
     re.IGNORECASE,
 )
-OF_COCO = re.compile(r"(?:^|[/\\])visual_grounding_(?:det_)?coco(?:_gt)?_\d+", re.IGNORECASE)
 COCO = re.compile(r"^COCO_(?:train|val|test)\d{4}_0*(\d+)$", re.IGNORECASE)
 # a word in the name of a folder, as in train2014
 SPLIT = re.compile(r"(?<![a-z])(train|val|test|dev)(?:ing|idation)?(?![a-z])")
@@ -52,8 +51,8 @@ class ImageName:
 
     def __init__(self, text: str) -> None:
         self.text = text
-        self.path, self.ending = _path_and_ending(text)  # without folders `.`; `.jpg` or empty
-        self.has_coco_prefix = bool(OF_COCO.search(text))
+        # without folders `.`; `.jpg` or empty; `v7w_` or empty
+        self.path, self.ending, self.prefix = _parts_of(text)
 
     @property
     def stem(self) -> str:
@@ -76,7 +75,7 @@ class ImageName:
     @property
     def is_coco(self) -> bool:
         """Check whether the number is said to be COCO's."""
-        return self.names_split or bool(self.number and self.has_coco_prefix)
+        return self.names_split or bool(self.number and "coco" in self.prefix)
 
     @property
     def ends(self) -> list[str]:
@@ -117,8 +116,9 @@ class ImageName:
             yield f"number:{self.number}"
 
 
-def _path_and_ending(text: str) -> tuple[str, str]:
-    """Split a name into its path with `/` between folders, and its ending in lower case.
+def _parts_of(text: str) -> tuple[str, str, str]:
+    """Split a name into its path with `/` between folders, and its ending and the prefix of its
+    data set in lower case.
 
     The address of a photo loses its scheme and query, a name in a token file the number of the
     caption.
@@ -131,10 +131,18 @@ def _path_and_ending(text: str) -> tuple[str, str]:
         path = CAPTION_NUMBER.sub("", path)
 
     parts = [part for part in path.replace("\\", "/").split("/") if part not in ("", ".")]
-    path = "/".join([*parts[:-1], *(PREFIX.sub("", part) for part in parts[-1:])])
+    prefix = PREFIX.match(parts[-1]) if parts else None
+    if prefix:
+        parts[-1] = parts[-1][prefix.end() :]
+
+    path = "/".join(parts)
     ending = ENDING.search(path)
 
-    return (path[: ending.start()], ending[0].lower()) if ending else (path, "")
+    return (
+        path[: ending.start()] if ending else path,
+        ending[0].lower() if ending else "",
+        prefix[0].lower() if prefix else "",
+    )
 
 
 def paths_differ(one: ImageName, other: ImageName) -> bool:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+UNKNOWN_SIZE = (1.0, 1.0)  # of an image whose boxes are shares of it
 MOST_PROBABILITY = 1.001  # or sum of probabilities, which may be rounded
 
 

@@ -1,6 +1,5 @@
 """Declare the flags that all finetuning runs and all evaluations share; each task adds its own."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +11,7 @@ from megatron_interbert.config.options import (
     flag,
     option,
     redefault,
+    rows,
     setting,
 )
 from megatron_interbert.config.pretraining import RunConfig
@@ -96,17 +96,16 @@ def training_store(default: str, help: str, may_differ: bool = True) -> Any:
     return setting(default, help, FREE, may_differ=may_differ, names_store=True)
 
 
-def refuse_idle_stores(config: FinetuneConfig, stores: Sequence[str]) -> None:
-    """Raise UsageError if validation stores are given, but nothing that is evaluated on them."""
-    given = [name for name in stores if getattr(config, name)]
-    kinds = ("valid_questions", "valid_annotations", "valid_split", "valid_images", "valid_games")
-    samples = [name for name in kinds if hasattr(config, name)]
-    evaluates = any(getattr(config, name) for name in samples) or getattr(config, "minval", 0)
+def refuse_idle_stores(config: FinetuneConfig) -> None:
+    """Raise UsageError if validation stores are given to a run that evaluates on nothing."""
+    valid = [(name, facts.names_store) for name, facts in rows(config) if name.startswith("valid_")]
+    idle = [name for name, is_store in valid if is_store and getattr(config, name)]
+    samples = next(flag(name) for name, is_store in valid if not is_store)
 
-    if given and not evaluates:
+    if idle:
         raise UsageError(
-            f"{config.told(given[0])}: nothing is evaluated on it; give {flag(samples[0])} too, or"
-            " leave it out"
+            f"{config.told(idle[0])}: nothing is evaluated on it; give {samples} too, or leave it"
+            " out"
         )
 
 

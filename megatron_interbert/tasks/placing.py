@@ -88,10 +88,6 @@ class Records:
         """Return some of the samples, with all that was dropped."""
         return replace(self, items=[self.items[row] for row in rows], images=self.images[rows])
 
-    def with_images(self, images: np.ndarray) -> "Records":
-        """Return the samples with other numbers for their images."""
-        return replace(self, images=images)
-
     @staticmethod
     def join(parts: Sequence["Records"]) -> "Records":
         """Return the samples of several parts as one."""

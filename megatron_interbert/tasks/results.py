@@ -119,13 +119,14 @@ def write_result(folder: Path, result: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Output:
-    """Hold a file of an evaluation beside result.json: its name, what makes its text, and what it
-    is called where its path is printed.
+    """Hold a file of an evaluation beside result.json: its name, what makes its text, what it is
+    called where its path is printed, and whether it is asked for.
     """
 
     name: str
     text: Callable[[], str]
     label: str
+    is_wanted: bool
 
 
 def write_outputs(
@@ -133,17 +134,17 @@ def write_outputs(
     result: dict[str, Any],
     unlabelled: str,
     outputs: Sequence[Output],
-    others: Sequence[str],
 ) -> None:
     """Write result.json and further files to a folder, in this order; print the metrics, the note
     about samples without an answer (`unlabelled`, may be empty), and the path of each file.
 
-    `others` are names of files that an earlier evaluation may have left, which are removed.
+    Files that are not wanted now, but that an earlier evaluation has left, are removed.
     """
-    for name in set(others).difference(output.name for output in outputs):
-        if (folder / name).is_file():
-            (folder / name).unlink()
-            print(f"removed: {folder / name}, of an earlier evaluation")
+    for output in outputs:
+        path = folder / output.name
+        if not output.is_wanted and path.is_file():
+            path.unlink()
+            print(f"removed: {path}, of an earlier evaluation")
 
     write_result(folder, result)
     print(table(result) if result["metrics"] else "no metrics computed")
@@ -151,7 +152,7 @@ def write_outputs(
         print(unlabelled)
 
     print(f"result: {folder / 'result.json'}")
-    for output in outputs:
+    for output in filter(lambda output: output.is_wanted, outputs):
         write_text(folder / output.name, output.text())
         print(f"{output.label}: {folder / output.name}")
 

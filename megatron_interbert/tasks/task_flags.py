@@ -1,4 +1,6 @@
-"""Read the flags of one task among several that a YAML file names."""
+"""Read the flags of one task among several that a YAML file names, and tell which settings are its
+own.
+"""
 
 import dataclasses
 from typing import Any

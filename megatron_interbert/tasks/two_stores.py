@@ -31,13 +31,15 @@ class TwoStores:
         """List the stores that there are, the annotated one first."""
         return [corpus for corpus in (self.annotated, self.detected) if corpus is not None]
 
-    def only_annotated(self) -> "TwoStores | None":
-        """Return the annotated store alone, if there is one."""
-        return TwoStores(self.annotated, None, self.max_regions) if self.annotated else None
+    def apart(self) -> dict[str, "TwoStores"]:
+        """Return each store that there is alone, by what figures of its kind of boxes end with."""
+        alone = {}
+        if self.annotated is not None:
+            alone["_gt"] = TwoStores(self.annotated, None, self.max_regions)
+        if self.detected is not None:
+            alone["_det"] = TwoStores(None, self.detected, self.max_regions)
 
-    def only_detected(self) -> "TwoStores | None":
-        """Return the detected store alone, if there is one."""
-        return TwoStores(None, self.detected, self.max_regions) if self.detected else None
+        return alone
 
     def columns_of(self, numbers: np.ndarray, both: "TwoStores") -> np.ndarray:
         """Return the numbers of images in these stores, from those in `both`, [n, stores]."""

@@ -20,6 +20,16 @@ from megatron_interbert.reading import read_json, read_text
 from megatron_interbert.weights.manifest import newest_checkpoint
 
 
+@dataclass(frozen=True)
+class Written:
+    """Hold the path of a file that a study has written for a stage."""
+
+    path: Path
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 class Stages:
     """Run stages whose places are in one folder."""
 
@@ -100,13 +110,3 @@ def content_of(word: object) -> str:
     """
     written = isinstance(word, Written)
     return f"{word.path.name}: {read_text(word.path, '--output')}" if written else str(word)
-
-
-@dataclass(frozen=True)
-class Written:
-    """Hold the path of a file that a study has written for a stage."""
-
-    path: Path
-
-    def __str__(self) -> str:
-        return str(self.path)

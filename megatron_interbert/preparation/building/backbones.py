@@ -15,6 +15,7 @@ from megatron_interbert.preparation.building.detectors import (
     PROBE_SIZE,
     DetectorChoice,
     describe_model,
+    load_pretrained,
 )
 from megatron_interbert.preparation.building.extents import Extent, cropped, padded
 
@@ -35,30 +36,16 @@ class Backbone:
     """
 
     def __init__(self, choice: DetectorChoice) -> None:
-        from transformers import AutoImageProcessor, AutoModel
-        from transformers.utils import logging
+        from transformers import AutoModel
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
         self.choice = choice
-        revision = choice.backbone_revision
-        where = {"revision": revision} if revision else {}
-
-        try:
-            self.processor = AutoImageProcessor.from_pretrained(
-                choice.backbone, backend="pil", **where
-            )
-            model, info = AutoModel.from_pretrained(
-                choice.backbone, dtype=torch.float32, output_loading_info=True, **where
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(
-                f"--backbone {choice.backbone}: not a vision model that transformers can load"
-                f" ({reason}); give a folder of save_pretrained with its image processor, or a name"
-                " on the hub"
-            ) from error
-
+        self.processor, model, info = load_pretrained(
+            AutoModel,
+            choice.backbone,
+            choice.backbone_revision,
+            f"--backbone {choice.backbone}: not a vision model",
+            "or a name on the hub",
+        )
         # of models of images and texts, the half that sees
         self.model = getattr(model, "vision_model", model).eval().requires_grad_(False)
         absent = [key for key in info["missing_keys"] if "pool" not in key]

@@ -203,28 +203,15 @@ class TransformersDetector(Detector):
     """
 
     def __init__(self, choice: DetectorChoice) -> None:
-        from transformers import AutoImageProcessor, AutoModelForObjectDetection
-        from transformers.utils import logging
+        from transformers import AutoModelForObjectDetection
 
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-        where = {"revision": choice.revision} if choice.revision else {}
-
-        try:
-            # Always Pillow: torchvision resizes differently, and features must not depend on what
-            # is installed.
-            self.processor = AutoImageProcessor.from_pretrained(choice.name, backend="pil", **where)
-            model, info = AutoModelForObjectDetection.from_pretrained(
-                choice.name, dtype=torch.float32, output_loading_info=True, **where
-            )
-        except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise UsageError(
-                f"--detector {choice.name}: not an object detection model that transformers can"
-                f" load ({reason}); give a folder of save_pretrained with its image processor, a"
-                " name on the hub, or torchvision:NAME"
-            ) from error
-
+        self.processor, model, info = load_pretrained(
+            AutoModelForObjectDetection,
+            choice.name,
+            choice.revision,
+            f"--detector {choice.name}: not an object detection model",
+            "a name on the hub, or torchvision:NAME",
+        )
         absent = sorted(info["missing_keys"]) + sorted(
             str(key[0]) for key in info["mismatched_keys"]
         )
@@ -326,6 +313,38 @@ class TransformersDetector(Detector):
             "size": _plain(self.processor.size),
             "preparation": type(self.processor).__name__,
         }
+
+
+def load_pretrained(
+    kind: Any, name: str, revision: str, problem: str, others: str
+) -> tuple[Any, torch.nn.Module, dict[str, Any]]:
+    """Load a model of transformers, of a kind such as AutoModel, and its image processor; return
+    these and what the loading has found.
+
+    Raises UsageError with the problem and what `others` could be given.
+    """
+    from transformers import AutoImageProcessor
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    where = {"revision": revision} if revision else {}
+
+    try:
+        # Always Pillow: torchvision resizes differently, and features must not depend on what is
+        # installed.
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", **where)
+        model, info = kind.from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, **where
+        )
+    except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UsageError(
+            f"{problem} that transformers can load ({reason}); give a folder of save_pretrained"
+            f" with its image processor, {others}"
+        ) from error
+
+    return processor, model, info
 
 
 def describe_model(name: str, revision: str, model: torch.nn.Module) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_interbert.data.regions import UNKNOWN_SIZE
+
 LEAST_BOXES = 50
 LEAST_IMAGES = 5
 WHOLE = 0.9  # boxes that span more of a side than this tell nothing about it
@@ -53,7 +55,7 @@ class BoxFormat:
         extent = high - low
         self.images += 1
         self.boxes += len(boxes)
-        self.of_unknown_size += tuple(size) == (1.0, 1.0)
+        self.of_unknown_size += tuple(size) == UNKNOWN_SIZE
         self.tiny += bool(0 < boxes.max() <= 1.5 and max(size) > 2)
         self.no_area += int((extent <= 0).any(axis=1).sum())
         telling = (extent < WHOLE) & (extent > 0)

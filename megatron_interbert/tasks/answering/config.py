@@ -9,7 +9,6 @@ from megatron_interbert.tasks.config import (
     EvaluateConfig,
     FinetuneConfig,
     photos,
-    refuse_idle_stores,
     store,
     training_store,
 )
@@ -25,11 +24,6 @@ class AnswerConfig(FinetuneConfig):
     )
     global_batch_size: int = redefault(FinetuneConfig, "global_batch_size", 256)
     micro_batch_size: int = redefault(FinetuneConfig, "micro_batch_size", 32)
-
-    def check(self) -> None:
-        """Raise UsageError for settings that contradict each other or have no meaning."""
-        super().check()
-        refuse_idle_stores(self, ("valid_data_path",))
 
     def stores(self) -> list[str]:
         """List the region stores of --data-path."""

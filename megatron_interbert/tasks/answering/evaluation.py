@@ -89,13 +89,12 @@ def evaluate_answers(
         return result_page(result, records, predictions, answers, corpus, most, photos, task.soft)
 
     name, make = submission
-    outputs = []
-    if config.submission:
-        outputs.append(Output(name, lambda: make(records.items, given), "submission"))
-    if config.examples:  # last, because photos may turn out to be unreadable
-        outputs.append(Output("result.html", page, "page"))
-
-    write_outputs(folder, result, records.unlabelled("answer"), outputs, (name, "result.html"))
+    outputs = [
+        Output(name, lambda: make(records.items, given), "submission", config.submission),
+        # last, because photos may turn out to be unreadable
+        Output("result.html", page, "page", config.examples > 0),
+    ]
+    write_outputs(folder, result, records.unlabelled("answer"), outputs)
 
     return result
 

@@ -19,6 +19,7 @@ from megatron_interbert.tasks.answering.records import Record
 from megatron_interbert.tasks.answering.samples import AnswerSamples, AnswerSet, Targets
 from megatron_interbert.tasks.answering.task import AnswerTask
 from megatron_interbert.tasks.answering.vocabulary import AnswerList
+from megatron_interbert.tasks.config import refuse_idle_stores
 from megatron_interbert.tasks.overlaps import image_names, leave_out
 from megatron_interbert.tasks.parts import (
     describe_data,
@@ -164,7 +165,9 @@ def answer_job(
         patience=config.early_stopping,
     )
     job.leave_out = partial(leave_out, job, make_set, records)
-    if valid is not None:
+    if valid is None:
+        refuse_idle_stores(config)
+    else:
         judged = valid[0].labelled("answer")
         job.judged_images = image_names(judged)
         shown = task.lay_out(judged, valid[1], opened.tokenizer, config)

@@ -1,6 +1,5 @@
 """Read Flickr30k Entities: sentences whose phrases name chains, and the boxes of each chain."""
 
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Iterator
@@ -11,10 +10,11 @@ from xml.etree import ElementTree
 import numpy as np
 
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import file_sha256
+from megatron_interbert.files import file_sha256, json_sha256
 from megatron_interbert.reading import is_there, read_text
 from megatron_interbert.tasks.drops import Drops
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
+from megatron_interbert.tasks.name_lists import read_names
 from megatron_interbert.tasks.placing import Records, Rejected
 from megatron_interbert.tasks.two_stores import TwoStores
 
@@ -66,15 +66,13 @@ def read_phrases(
 
     root = Path(folder)
     unrelated = read_unrelated(root / UNRELATED)
-    digest = hashlib.sha256(repr(sorted(unrelated)).encode())
+    hashes: list[str] = []
     records: list[RegionRecord] = []
     boxless = Drops()
 
-    for image in read_text(images, "--images").split():
+    for image in read_names(images, "--images"):
         annotation, sentences = files_of(root, image, images)
-        for path in (annotation, sentences):
-            digest.update(file_sha256(path).encode())
-
+        hashes += [file_sha256(annotation), file_sha256(sentences)]
         chains = read_chains(annotation)
         for number, line in enumerate(sentences_of(sentences), 1):
             for record in records_of(image, number, line, chains, context, merged):
@@ -86,7 +84,7 @@ def read_phrases(
                     records.append(record)
 
     placed = place_in(stores, images, records, whole, boxless)
-    placed.content = digest.hexdigest()
+    placed.content = json_sha256([sorted(unrelated), hashes])
 
     return placed
 

@@ -7,7 +7,6 @@ from megatron_interbert.tasks.config import (
     EvaluateConfig,
     FinetuneConfig,
     photos,
-    refuse_idle_stores,
     store,
     training_store,
 )
@@ -44,11 +43,6 @@ class RegionConfig(FinetuneConfig):
     max_regions: int = redefault(
         FinetuneConfig, "max_regions", 100, "regions per image, annotated ones first"
     )
-
-    def check(self) -> None:
-        """Raise UsageError for settings that contradict each other or have no meaning."""
-        super().check()
-        refuse_idle_stores(self, ("valid_data_path", "valid_annotated_path"))
 
 
 @dataclass

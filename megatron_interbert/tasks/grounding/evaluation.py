@@ -87,16 +87,15 @@ def evaluate_regions(
         photos = photos_in(config.image_folder)
         return result_page(result, task, records, way, ranked[way], stores, config, photos)
 
-    outputs = []
-    if config.submission:
-        outputs.append(
-            Output("predictions.jsonl", lambda: chosen_lines(records, ranked), "predictions")
-        )
-    if config.examples:  # last, because photos may turn out to be unreadable
-        outputs.append(Output("result.html", page, "page"))
+    def chosen() -> str:
+        return chosen_lines(records, ranked)
 
-    names = ("predictions.jsonl", "result.html")
-    write_outputs(folder, result, records.unlabelled("box"), outputs, names)
+    outputs = [
+        Output("predictions.jsonl", chosen, "predictions", config.submission),
+        # last, because photos may turn out to be unreadable
+        Output("result.html", page, "page", config.examples > 0),
+    ]
+    write_outputs(folder, result, records.unlabelled("box"), outputs)
 
     return result
 

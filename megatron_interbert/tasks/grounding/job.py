@@ -1,7 +1,7 @@
 """Build the job that finetunes on a task which points at regions."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +14,7 @@ from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
+from megatron_interbert.tasks.config import refuse_idle_stores
 from megatron_interbert.tasks.grounding.config import EvaluateRegionsConfig, RegionConfig
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord
@@ -56,14 +57,7 @@ class Pointing:
 
     def ways(self, stores: TwoStores) -> dict[str, TwoStores]:
         """Return the stores to evaluate on, by what their figures' names end with."""
-        if not self.apart:
-            return {"": stores}
-
-        alone = {
-            "_gt": stores.only_annotated(),
-            "_det": stores.only_detected(),
-        }
-        return {end: some for end, some in alone.items() if some is not None}
+        return stores.apart() if self.apart else {"": stores}
 
     def figures_of(
         self, records: Records, ranked: Sequence[Ranked], convention: str
@@ -173,7 +167,9 @@ def region_job(
         patience=config.early_stopping,
     )
     job.leave_out = partial(leave_out, job, make_set, records)
-    if valid is not None:
+    if valid is None:
+        refuse_idle_stores(config)
+    else:
         judged = valid[0].labelled("box")
         job.judged_images = image_names(judged)
         ways = samples_by_way(task, judged, valid[1], opened.tokenizer, config.max_tokens)
@@ -215,7 +211,7 @@ def samples_by_way(
     return {
         end: RegionSamples(
             task.name,
-            records.with_images(some.columns_of(records.images, stores)),
+            replace(records, images=some.columns_of(records.images, stores)),
             some,
             tokenizer,
             max_tokens,

@@ -6,13 +6,13 @@ from typing import Any
 
 import numpy as np
 
+from megatron_interbert.data.regions import UNKNOWN_SIZE
 from megatron_interbert.tasks.drops import Drops
 from megatron_interbert.tasks.grounding.boxes import problem_of
 from megatron_interbert.tasks.placing import Records, Rejected, place_records, refuse_repeated
 from megatron_interbert.tasks.two_stores import TwoStores
 
 NO_BOXES = np.zeros((0, 4), np.float32)
-UNKNOWN_SIZE = (1.0, 1.0)  # in stores whose boxes are shares of an image
 
 
 @dataclass(slots=True)

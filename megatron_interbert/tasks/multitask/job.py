@@ -1,7 +1,5 @@
 """Build the job that finetunes on several tasks."""
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +8,7 @@ import torch
 from megatron_interbert.config.weights import read_weights
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.errors import UsageError
+from megatron_interbert.files import json_sha256
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.config import FinetuneConfig
@@ -200,14 +199,14 @@ def joined_data(
 ) -> dict[str, Any]:
     """Return the record of the data of all tasks that a checkpoint keeps."""
     first = next(iter(jobs.values()))
-    digest = hashlib.sha256()
-    for name, job in jobs.items():
-        record = [name, job.data["manifest_sha256"], own_settings(configs[name]), lost[name]]
-        digest.update(json.dumps(record, sort_keys=True).encode() + b"\n")
+    content = [
+        [name, job.data["manifest_sha256"], own_settings(configs[name]), lost[name]]
+        for name, job in jobs.items()
+    ]
 
     return {
         "store": "; ".join(str(job.data["store"]) for job in jobs.values()),
-        "manifest_sha256": digest.hexdigest(),
+        "manifest_sha256": json_sha256(content),
         "detector": first.data["detector"],
         "vocabulary": first.data["vocabulary"],
         "task": f"multitask {','.join(jobs)}",

@@ -3,7 +3,7 @@
 import copy
 from typing import Any
 
-from megatron_interbert.config.objectives import HEAD
+from megatron_interbert.config.objectives import ANSWER_HEAD
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import HARD_NEGATIVES
@@ -41,7 +41,7 @@ def model_options(
     if "attributes" in names:
         options["attributes"] = num_attributes
     if asked is not None:
-        options["task_heads"] = {HEAD: asked.head()}
+        options["task_heads"] = {ANSWER_HEAD: asked.head()}
 
     return options
 
@@ -109,7 +109,7 @@ def note_questions(data: dict[str, Any], asked: Asked, config: RunConfig) -> Non
     data["manifest_sha256"] = json_sha256([data["manifest_sha256"], *asked.record])
     settings = {"max_tokens": config.max_tokens, "max_regions": config.max_regions}
     answers = list(asked.answers.answers)
-    data["task_heads"] = {HEAD: {"answers": answers, "rows": 1, "settings": settings}}
+    data["task_heads"] = {ANSWER_HEAD: {"answers": answers, "rows": 1, "settings": settings}}
 
 
 def mined_negatives(corpus: Corpus) -> list[str]:

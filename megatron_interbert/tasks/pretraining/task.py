@@ -9,7 +9,13 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from megatron_interbert.config.objectives import HEAD, OBJECTIVES, OF_CLASSES, USUAL, WITH_MATCHING
+from megatron_interbert.config.objectives import (
+    ANSWER_HEAD,
+    OBJECTIVES,
+    OF_CLASSES,
+    USUAL,
+    WITH_MATCHING,
+)
 from megatron_interbert.config.pretraining import RunConfig
 from megatron_interbert.data.packing import PackedBatch
 from megatron_interbert.model.interbert import InterBertOutput
@@ -212,7 +218,7 @@ def matching(output: InterBertOutput, batch: PackedBatch) -> Sums:
 
 def answering(output: InterBertOutput, batch: PackedBatch) -> Sums:
     """Return the sums of answers to questions that are shown with their own images."""
-    logits = output.task_outputs[HEAD].index_select(0, batch.label_owner)
+    logits = output.task_outputs[ANSWER_HEAD].index_select(0, batch.label_owner)
     losses = F.cross_entropy(logits, batch.labels, reduction="none")
     return losses.sum(), (logits.argmax(dim=1) == batch.labels).sum()
 

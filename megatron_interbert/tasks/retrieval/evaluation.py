@@ -3,7 +3,6 @@ request also search in two stages.
 """
 
 import contextlib
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +13,12 @@ from megatron_interbert.data.corpus import Corpus
 from megatron_interbert.data.manifest import MANIFEST
 from megatron_interbert.data.text import CaptionTokenizer
 from megatron_interbert.errors import UsageError
-from megatron_interbert.files import write_text
+from megatron_interbert.files import json_sha256, write_text
 from megatron_interbert.model.pair_scorer import PairScorer
 from megatron_interbert.pages.photo_folder import PhotoFolder, photos_in
 from megatron_interbert.parallel.agreement import some
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.progress import progress
-from megatron_interbert.reading import read_text
 from megatron_interbert.tasks.image_finder import find_images
 from megatron_interbert.tasks.loading import (
     agree_on_inputs,
@@ -29,6 +27,7 @@ from megatron_interbert.tasks.loading import (
     load_model,
     open_for,
 )
+from megatron_interbert.tasks.name_lists import read_names
 from megatron_interbert.tasks.parts import fit_length
 from megatron_interbert.tasks.results import Published, result_of, table, write_result
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
@@ -167,10 +166,10 @@ def fold_pairs(
 
 def listed_images(path: str, corpus: Corpus) -> np.ndarray:
     """Return the numbers of the images that a file lists, a name on each line; see `fold_pairs`."""
-    names = [line for line in map(str.strip, read_text(path, "--images").split("\n")) if line]
+    names = read_names(path, "--images")
     found = find_images(corpus, names)
     missing = [name for name in names if name not in found]
-    if missing or not names:
+    if missing:
         raise UsageError(
             f"--images {path}: {len(missing)} of {len(names)} images are not in {corpus.path}"
             f" ({some(missing)}); give the store that holds them"
@@ -186,15 +185,6 @@ def protocol_of(config: EvaluateRetrievalConfig, source: WeightSource) -> str:
     if source.facts.get("task") == "retrieval":
         return "finetuned"
     return "matching head as loaded"
-
-
-def digest_of(*numbers: np.ndarray) -> str:
-    """Return one sha256 of arrays of whole numbers."""
-    digest = hashlib.sha256()
-    for array in numbers:
-        digest.update(f"{len(array)} ".encode() + array.astype("<i8").tobytes())
-
-    return digest.hexdigest()
 
 
 def score_tiles(
@@ -219,7 +209,7 @@ def score_tiles(
         "weights": weights,
         "data": data,
         "vocabulary": pairs.tokenizer.sha256,
-        "pairs": digest_of(pairs.captions, pairs.images),
+        "pairs": json_sha256([pairs.captions.tolist(), pairs.images.tolist()]),
         **settings,
         "by": versions(),
     }

@@ -15,6 +15,7 @@ CLASSES = ("contradiction", "neutral", "entailment")
 # as the generator, the authors' README and VOLTA's files spell it; other capitals and underscores
 # are accepted as well
 IMAGE_KEYS = ("Flickr30K_ID", "Flickr30kID", "Flikr30kID")
+PLAIN_KEYS = ("flickr30kid", "flikr30kid")
 UNDECIDED = "-"  # the label of pairs on which people did not agree
 
 
@@ -41,7 +42,7 @@ def read_pairs(paths: Sequence[str], corpus: Corpus, whole: bool = False) -> Rec
 def record_of(entry: dict[str, Any], where: str) -> Record | Rejected:
     """Return a statement as a record, or (id, reason) if it cannot be used."""
     number = str(entry["pairID"])
-    named = (entry[key] for key in entry if plain(key) in PLAIN_KEYS)
+    named = (entry[key] for key in entry if key.casefold().replace("_", "") in PLAIN_KEYS)
     image = next((str(name) for name in named if isinstance(name, str | int) and name != ""), "")
     if not image:
         raise UsageError(f"{where} has none of {', '.join(IMAGE_KEYS)}, which name the image")
@@ -55,11 +56,3 @@ def record_of(entry: dict[str, Any], where: str) -> Record | Rejected:
         raise UsageError(f"{where}: label '{label}', expected {', '.join(CLASSES)}")
 
     return Record(number, (entry["sentence2"],), (image,), {label: 1.0} if label else {})
-
-
-def plain(key: str) -> str:
-    """Return a key in lower case, without underscores."""
-    return key.casefold().replace("_", "")
-
-
-PLAIN_KEYS = {plain(key) for key in IMAGE_KEYS}

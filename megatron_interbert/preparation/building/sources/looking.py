@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from megatron_interbert.data.regions import UNKNOWN_SIZE
 from megatron_interbert.preparation.building.sources.fields import (
     BACKGROUND_FIRST,
     CLASS_ONLY,
@@ -43,7 +44,7 @@ class Look:
         return "; ".join(parts)
 
     def _boxes(self, options: ReadOptions) -> str:
-        if self.size == (1.0, 1.0):
+        if self.size == UNKNOWN_SIZE:
             return "boxes are shares of images of unknown size, which are kept (size 1 x 1)"
         if not (self.shares or self.first.named):
             return f"boxes in pixels ({options.box_format})"
