@@ -68,7 +68,7 @@ def run(options: Options) -> None:
     print(
         f"generated corpus in {options.output}: {options.train_scenes} training and"
         f" {options.test_scenes} unseen test scenes"
-        + (f"; files of the tasks about as many in {folder / 'tasks'}" if options.tasks else "")
+        + (f"; tasks about as many scenes in {folder / 'tasks'}" if options.tasks else "")
     )
 
 

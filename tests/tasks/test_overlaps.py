@@ -162,7 +162,7 @@ def test_lists_of_images(tmp_path):
         listed_images(str(tmp_path / "more.npy"))
     with pytest.raises(UsageError, match="lists no images"):
         listed_images(str(lines))
-    with pytest.raises(UsageError, match="'x' is no number of COCO"):
+    with pytest.raises(UsageError, match="'x' is not a number of COCO"):
         listed_images(f"coco:{numbers}")
 
 

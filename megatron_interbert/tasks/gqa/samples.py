@@ -128,7 +128,7 @@ def read_choices(path: str) -> dict[str, tuple[frozenset[str], frozenset[str]]]:
         check_entry(entry, {"valid": list, "plausible": list}, where)
         lists = entry["valid"], entry["plausible"]
         if not all(isinstance(answer, str) for answers in lists for answer in answers):
-            raise UsageError(f"{where}: a choice is no text")
+            raise UsageError(f"{where}: a choice is not a text")
         found[number] = frozenset(lists[0]), frozenset(lists[1])
 
     return found

@@ -63,7 +63,7 @@ def problem_of(boxes: np.ndarray, size: tuple[float, float]) -> str:
 
     width, height = size
     if not (width > 0 and height > 0):
-        return "the picture has no size"
+        return "the picture has a width or height of 0"
 
     outside = (boxes[:, 0] >= width) | (boxes[:, 1] >= height)
     if (outside | (boxes[:, 2] <= 0) | (boxes[:, 3] <= 0)).any():

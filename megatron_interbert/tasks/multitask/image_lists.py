@@ -27,6 +27,6 @@ def named_by_coco(numbers: list[str], file: str) -> list[str]:
     """Return the names that images of COCO, given by number, have in each of its parts."""
     other = next((n for n in numbers if not (n.isascii() and n.isdigit())), None)
     if other is not None:
-        raise UsageError(f"--exclude-images {file}: '{other[:60]}' is no number of COCO")
+        raise UsageError(f"--exclude-images {file}: '{other[:60]}' is not a number of COCO")
 
     return [coco_name(number, subset) for number in numbers for subset in SUBSETS]
