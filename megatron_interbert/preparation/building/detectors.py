@@ -205,22 +205,14 @@ class TransformersDetector(Detector):
     def __init__(self, choice: DetectorChoice) -> None:
         from transformers import AutoModelForObjectDetection
 
-        self.processor, model, info = load_pretrained(
+        self.processor, model = load_pretrained(
             AutoModelForObjectDetection,
+            "--detector",
             choice.name,
             choice.revision,
-            f"--detector {choice.name}: not an object detection model",
+            "an object detection model",
             "a name on the hub, or torchvision:NAME",
         )
-        absent = sorted(info["missing_keys"]) + sorted(
-            str(key[0]) for key in info["mismatched_keys"]
-        )
-        if absent:
-            raise UsageError(
-                f"--detector {choice.name}: {len(absent)} parameters are missing or of a wrong"
-                f" shape, first {absent[0]}"
-            )
-
         super().__init__(model, choice)
         self.takes = set(inspect.signature(model.forward).parameters)
         self._probe()
@@ -316,12 +308,18 @@ class TransformersDetector(Detector):
 
 
 def load_pretrained(
-    kind: Any, name: str, revision: str, problem: str, others: str
-) -> tuple[Any, torch.nn.Module, dict[str, Any]]:
-    """Load a model of transformers, of a kind such as AutoModel, and its image processor; return
-    these and what the loading has found.
+    kind: Any,
+    flag: str,
+    name: str,
+    revision: str,
+    expected: str,
+    others: str,
+    unused: str = "",
+) -> tuple[Any, torch.nn.Module]:
+    """Load the image processor and the model that a flag names, of a kind such as AutoModel.
 
-    Raises UsageError with the problem and what `others` could be given.
+    Parameters with `unused` in their names may be absent. Raises UsageError, saying what the flag
+    expects and what `others` it takes, if transformers cannot load the model or not all of it.
     """
     from transformers import AutoImageProcessor
     from transformers.utils import logging
@@ -340,11 +338,19 @@ def load_pretrained(
     except (OSError, ValueError, ImportError, KeyError, TypeError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UsageError(
-            f"{problem} that transformers can load ({reason}); give a folder of save_pretrained"
-            f" with its image processor, {others}"
+            f"{flag} {name}: not {expected} that transformers can load ({reason}); give a folder of"
+            f" save_pretrained with its image processor, {others}"
         ) from error
 
-    return processor, model, info
+    missing = [key for key in info["missing_keys"] if not unused or unused not in key]
+    absent = sorted(missing) + sorted(str(key[0]) for key in info["mismatched_keys"])
+    if absent:
+        raise UsageError(
+            f"{flag} {name}: {len(absent)} parameters are missing or of a wrong shape, first"
+            f" {absent[0]}"
+        )
+
+    return processor, model
 
 
 def describe_model(name: str, revision: str, model: torch.nn.Module) -> dict[str, Any]:

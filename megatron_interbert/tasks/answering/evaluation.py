@@ -34,8 +34,8 @@ from megatron_interbert.tasks.results import Output, Published, result_of, write
 
 SHOWN_ANSWERS = 5
 
-# Reads the official files of an evaluation: (config, images) -> samples.
-Read = Callable[[Any, Corpus], Records]
+# Reads the official files of an evaluation: images -> samples.
+Read = Callable[[Corpus], Records]
 # Makes the text of a submission: (records, answers given) -> text.
 Submission = Callable[[Sequence[Record], Sequence[str]], str]
 
@@ -69,7 +69,7 @@ def evaluate_answers(
     fit_length(config, source.config)
     manifests = [store.path / MANIFEST for store in corpus.stores]
     folder = agree_on_inputs(config, state, source, tokenizer, [*manifests, *files])
-    records = read(config, corpus)
+    records = read(corpus)
     task.check(records)
     if state.is_main:
         print(records.report(), flush=True)

@@ -52,9 +52,7 @@ def evaluate_gqa(
         state,
         device,
         [*questions, *([config.choices] if config.choices else [])],
-        lambda config, corpus: read_questions(
-            questions, corpus, config.balanced, config.submission
-        ),
+        lambda corpus: read_questions(questions, corpus, config.balanced, config.submission),
         ("submission.json", submission),
         PUBLISHED,
     )

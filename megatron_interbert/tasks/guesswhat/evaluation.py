@@ -47,6 +47,6 @@ def evaluate_oracle(
         state,
         device,
         paths,
-        lambda config, corpus: read_turns(paths, corpus, config.submission),
+        lambda corpus: read_turns(paths, corpus, config.submission),
         ("predictions.jsonl", predictions),
     )

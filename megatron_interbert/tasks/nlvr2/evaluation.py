@@ -36,7 +36,7 @@ def evaluate_nlvr2(
         state,
         device,
         paths,
-        lambda config, corpus: read_statements(paths, corpus, config.submission),
+        lambda corpus: read_statements(paths, corpus, config.submission),
         ("submission.csv", submission),
         PUBLISHED,
     )

@@ -34,7 +34,7 @@ def evaluate_snli_ve(
         state,
         device,
         paths,
-        lambda config, corpus: read_pairs(paths, corpus, config.submission),
+        lambda corpus: read_pairs(paths, corpus, config.submission),
         ("predictions.jsonl", predictions),
         PUBLISHED,
     )

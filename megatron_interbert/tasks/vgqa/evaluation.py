@@ -27,8 +27,6 @@ def evaluate_vgqa(
         state,
         device,
         questions,
-        lambda config, corpus: read_questions(
-            questions, "valid", config.minval, corpus, config.submission
-        ),
+        lambda corpus: read_questions(questions, "valid", config.minval, corpus, config.submission),
         ("predictions.json", predictions),
     )

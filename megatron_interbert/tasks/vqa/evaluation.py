@@ -37,7 +37,7 @@ def evaluate_vqa(
         state,
         device,
         [*questions, *annotations],
-        lambda config, corpus: read_questions(
+        lambda corpus: read_questions(
             questions, read_annotations(annotations), corpus, config.submission
         ),
         ("submission.json", submission),
