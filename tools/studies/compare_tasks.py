@@ -1,8 +1,9 @@
 """Finetune on each task of a generated world, alone and all at once, beside what one side tells.
 
 For every seed: pretrain on the world's scenes; finetune on each task for the same steps, and once
-on all tasks together for as many steps in all; evaluate each on unseen scenes. Finished runs are
-not repeated, so a stopped study is resumable. Writes OUTPUT/tasks.json and OUTPUT/tasks.md.
+on all tasks together, by default for as many steps in all; evaluate each on unseen scenes.
+Finished runs are not repeated, so a stopped study is resumable. Writes OUTPUT/tasks.json and
+OUTPUT/tasks.md.
 
     interbert make-sample --output world --tasks
     python tools/compare_tasks.py --world world/tasks --output study
@@ -34,6 +35,12 @@ class Options(WorldOptions):
 
     only: str = option("", "tasks, comma-separated; default: all", group="study")
     together: bool = option(True, "also train on all tasks at once", group="study")
+    together_iters: int = option(
+        0,
+        "steps on all tasks at once; 0: as many as all of them take alone",
+        least=0,
+        group="study",
+    )
 
 
 def results_of(options: Options, tasks: dict[str, WorldTask], seed: int) -> Found:
@@ -47,7 +54,7 @@ def results_of(options: Options, tasks: dict[str, WorldTask], seed: int) -> Foun
         found[name] = {ALONE: run.evaluate(name, task, tuned)}
 
     if options.together:
-        tuned = run.finetune_together("all", tasks, start)
+        tuned = run.finetune_together("all", tasks, start, options.together_iters)
         for name, task in tasks.items():
             found[name][TOGETHER] = run.evaluate(name, task, tuned)
 
@@ -95,9 +102,15 @@ def run(options: Options) -> None:
         results = pool.map(lambda seed: results_of(options, tasks, seed), seeds)
         found = list(progress(results, total=len(seeds), unit="seed", desc="tasks"))
 
+    together = options.together_iters or len(tasks) * options.train_iters
+    steps = [
+        f"{options.pretrain_iters} steps of pretraining",
+        f"{options.train_iters} of finetuning on a task",
+        *([f"{together} on all at once"] if options.together else []),
+    ]
     note = (
-        f"{options.pretrain_iters} steps of pretraining, {options.train_iters} of finetuning on a"
-        f" task, {options.batch_size} samples each, seeds {options.seeds}; generated scenes"
+        f"{', '.join(steps)}, {options.batch_size} samples each, seeds {options.seeds};"
+        " generated scenes"
     )
     text = f"{table(found, tasks)}\n\n{note}\n"
     write_text(Path(options.output) / "tasks.md", text)

@@ -75,27 +75,33 @@ class WorldRun:
         )
 
     def finetune(
-        self, name: str, command: str, start: Path, flags: Mapping[str, object], times: int = 1
+        self, name: str, command: str, start: Path, flags: Mapping[str, object], steps: int = 0
     ) -> Path:
-        """Finetune from pretrained weights for --train-iters steps, or so many times as many."""
+        """Finetune from pretrained weights for so many steps, by default --train-iters."""
         options = self.options
         words = (*words_of(flags), *self._usual(), *shlex.split(options.finetune_flags))
 
         return self.stages.train(
             self.folder / name,
-            times * options.train_iters,
+            steps or options.train_iters,
             *("finetune", command, "--init-from", start, *words),
             seed=self.seed,
         )
 
-    def finetune_together(self, name: str, tasks: Mapping[str, WorldTask], start: Path) -> Path:
-        """Finetune on several tasks in one run, for --train-iters steps of each."""
+    def finetune_together(
+        self, name: str, tasks: Mapping[str, WorldTask], start: Path, steps: int = 0
+    ) -> Path:
+        """Finetune on several tasks in one run for so many steps, by default as many as all of them
+        take alone.
+        """
         file = self.folder / f"{name}.yaml"
         flags = {task_name: task.training() for task_name, task in tasks.items()}
         write_text(file, yaml.safe_dump(flags, sort_keys=False))
         given = {"task-flags": Written(file)}
 
-        return self.finetune(name, "multitask", start, given, times=len(tasks))
+        steps = steps or len(tasks) * self.options.train_iters
+
+        return self.finetune(name, "multitask", start, given, steps)
 
     def evaluate(self, name: str, task: WorldTask, run: Path) -> Result:
         """Evaluate a finetuned run on unseen scenes."""
