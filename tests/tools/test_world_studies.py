@@ -96,6 +96,14 @@ def test_tasks_alone_and_together(world, called, monkeypatch, tmp_path, capsys):
     with pytest.raises(UsageError, match="unknown 'vqb'"):
         run(monkeypatch, compare_tasks, *flags[:-1], "vqb")
 
+    less = ("--output", tmp_path / "less", "--seeds", "1", "--train-iters", 7)
+    run(monkeypatch, compare_tasks, *flags, *less, "--together-iters", 5)
+    (together,) = [call for call in called if "multitask" in call]
+    assert together[together.index("--train-iters") + 1] == "5"
+    assert "7 of finetuning on a task, 5 on all at once, 64 samples" in (
+        (tmp_path / "less" / "tasks.md").read_text()
+    )
+
 
 def test_parts_left_out(world, called, monkeypatch, tmp_path):
     flags = ("--world", world, "--output", tmp_path / "out", "--images", 5)
