@@ -16,6 +16,7 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.flickr30k_entities.job import ENTITIES
+from megatron_interbert.tasks.grounding.annotated import note_on_annotated
 from megatron_interbert.tasks.grounding.boxes import overlaps, problem_of
 from megatron_interbert.tasks.grounding.job import open_two, samples_by_way
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
@@ -108,6 +109,29 @@ def test_recall_of_phrases_takes_the_first_right_box():
         boxes = np.array([wrong] * place + [[50, 50, 60, 60]] + [wrong] * 12)[:10]
         found = figures(ENTITIES, record, Ranked(boxes, np.zeros(len(boxes))))
         assert found == {f"R@{k}": 100.0 * (place < k) for k in (1, 5, 10)}
+
+
+def test_annotated_boxes_that_are_not(stores):
+    """Exchange the two stores, leave one out, read too few boxes."""
+    items = [
+        RegionRecord(str(image), ("x",), ("i",), SIZE, boxes_of(stores, image)[-1:])
+        for image in range(6)
+    ]
+    items.append(RegionRecord("7", ("x",), ("i",), SIZE, np.zeros((0, 4), np.float32)))
+    images = np.array([[0, 0], [1, 1], [2, 2], [3, 3], [4, 4], [5, 5], [0, 0]])
+    records = Records("f", items, images)
+    assert not note_on_annotated(records, stores)
+
+    exchanged = TwoStores(stores.detected, stores.annotated, 8)
+    note = note_on_annotated(records, exchanged)
+    assert "detected: holds the right boxes of only 0 of 6 samples" in note
+
+    few = TwoStores(stores.annotated, stores.detected, 1)
+    assert "or --max-regions too small" in note_on_annotated(records, few)
+
+    alone = TwoStores(None, stores.detected, 8)
+    assert not note_on_annotated(Records("f", items, images[:, 1:]), alone)
+    assert not note_on_annotated(Records("f", items[-1:], images[-1:]), exchanged)
 
 
 def random_records(stores, count=9):

@@ -15,6 +15,7 @@ from megatron_interbert.model.heads import TaskHead
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.config import refuse_idle_stores
+from megatron_interbert.tasks.grounding.annotated import note_on_annotated
 from megatron_interbert.tasks.grounding.config import EvaluateRegionsConfig, RegionConfig
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord
@@ -138,10 +139,8 @@ def region_job(
     Samples without a right box are dropped and counted; raises UsageError if none is left.
     """
     records = records.labelled("box")
-    if state.is_main:
-        print(records.report(), flush=True)
-
     stores = opened.stores
+    tell(records, stores, state)
 
     def make_set(records: Records) -> RegionSet:
         samples = RegionSamples(task.name, records, stores, opened.tokenizer, config.max_tokens)
@@ -171,11 +170,22 @@ def region_job(
         refuse_idle_stores(config)
     else:
         judged = valid[0].labelled("box")
+        tell(judged, valid[1], state)
         job.judged_images = image_names(judged)
         ways = samples_by_way(task, judged, valid[1], opened.tokenizer, config.max_tokens)
         job.evaluate = evaluation_of(task, config, state, judged, ways)
 
     return job
+
+
+def tell(records: Records, stores: TwoStores, state: ParallelState) -> None:
+    """Print what was read and what was dropped, and what looks wrong with the stores."""
+    if not state.is_main:
+        return
+
+    print(records.report(), flush=True)
+    if note := note_on_annotated(records, stores):
+        print(note, flush=True)
 
 
 def evaluation_of(
@@ -186,8 +196,6 @@ def evaluation_of(
     ways: Mapping[str, RegionSamples],
 ) -> Evaluate:
     """Return a function that evaluates a model on records, which `ways` lay out."""
-    if state.is_main:
-        print(judged.report(), flush=True)
 
     def evaluate(model: InterBert, state: ParallelState, device: torch.device) -> dict[str, float]:
         found: dict[str, float] = {}
