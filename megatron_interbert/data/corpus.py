@@ -3,6 +3,7 @@ in the order of the stores.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -288,6 +289,19 @@ def check_detector(expected: dict | None, found: dict | None, where: str, allowe
     """
     if expected and found and expected != found and not allowed:
         raise UsageError(
-            f"{where}: features of the detector {found}, expected those of {expected}; use features"
-            " of that detector, or give --allow-other-detector"
+            f"{where}: features of {named(found, expected)}, expected those of"
+            f" {named(expected, found)}; use features of one detector, or give"
+            " --allow-other-detector"
         )
+
+
+def named(detector: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return the name of a detector, and in brackets what else it differs in from another."""
+    differing = [
+        f"{key} {value}"
+        for key, value in detector.items()
+        if key != "name" and other.get(key) != value
+    ]
+    name = str(detector.get("name", "a detector without a name"))
+
+    return f"{name} ({', '.join(differing)})" if differing else name

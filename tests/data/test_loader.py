@@ -296,7 +296,9 @@ def test_wrong_mixtures_are_refused(paths, tmp_path):
         tmp_path / "other", images=16, seed=3, detector={"name": "another", "revision": "1"}
     )
     with pytest.raises(
-        UsageError, match="use features of that detector, or give --allow-other-detector"
+        UsageError,
+        match=r"features of another \(revision 1\), expected those of random \(revision 0\);"
+        " use features of one detector, or give --allow-other-detector",
     ):
         Corpus([paths[0], str(other)])
 

@@ -12,6 +12,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import list_folder
 from megatron_interbert.tasks import loading
 from megatron_interbert.tasks.config import EvaluateConfig
+from megatron_interbert.tasks.multitask.job import check_alike
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
 from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
 from megatron_interbert.tasks.shop.config import EvaluateProductSearchConfig
@@ -66,6 +67,29 @@ def test_a_metric_is_a_figure_of_the_task() -> None:
         match=r"--metric q_aa \(did you mean 'q_ar?'\?\): expected one of q_a, qa_r, q_ar",
     ):
         Job(**parts, metric="q_aa", figures=("q_a", "qa_r", "q_ar"))
+
+
+def test_tasks_of_one_run_have_features_of_one_detector() -> None:
+    """Give features of one backbone on two grids; unknown ones, and others if they are allowed."""
+
+    def job(detector: dict[str, str] | None) -> Job:
+        data = {"vocabulary": "v", "detector": detector}
+        parts = dict.fromkeys(("task", "samples", "model_config", "heads", "vocabulary"))
+        return Job(**parts, data=data, leave_out=list)
+
+    jobs = {
+        "vqa": job({"name": "clip", "revision": "1", "grid": "7x7"}),
+        "gqa": job({"name": "clip", "revision": "1", "grid": "14x14"}),
+    }
+    with pytest.raises(
+        UsageError,
+        match=r"gqa, beside vqa: features of clip \(grid 14x14\), expected those of clip"
+        r" \(grid 7x7\)",
+    ):
+        check_alike(jobs, allow_other_detector=False)
+
+    check_alike(jobs, allow_other_detector=True)
+    check_alike({"vqa": jobs["vqa"], "gqa": job(None)}, allow_other_detector=False)
 
 
 @pytest.mark.parametrize(

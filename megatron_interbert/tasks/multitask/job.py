@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from megatron_interbert.config.weights import read_weights
+from megatron_interbert.data.corpus import check_detector
 from megatron_interbert.data.order import SampleOrder
 from megatron_interbert.errors import UsageError
 from megatron_interbert.files import json_sha256
@@ -40,7 +41,7 @@ def multitask_job(
         for name, own in configs.items()
     }
     config.notes += [f"{name}: {note}" for name, own in configs.items() for note in own.notes]
-    check_alike(jobs)
+    check_alike(jobs, config.allow_other_detector)
     lost = leave_out_images(config, jobs, state)
     share_partitions(config, jobs)
 
@@ -108,7 +109,7 @@ def figures_of(jobs: Mapping[str, Job]) -> tuple[str, ...]:
     return (MEAN, *(f"{name}_{figure}" for name, job in jobs.items() for figure in job.figures))
 
 
-def check_alike(jobs: Mapping[str, Job]) -> None:
+def check_alike(jobs: Mapping[str, Job], allow_other_detector: bool) -> None:
     """Raise UsageError unless all tasks have the same model sizes, features and vocabulary, and
     read images.
     """
@@ -125,13 +126,19 @@ def check_alike(jobs: Mapping[str, Job]) -> None:
         for what, one, other in (
             ("model sizes", first.model_config, job.model_config),
             ("vocabulary", first.data["vocabulary"], job.data["vocabulary"]),
-            ("detector", first.data["detector"], job.data["detector"]),
         ):
             if one != other:
                 raise UsageError(
                     f"{name} and {first_name} have different {what}; use stores of one detector"
                     " and one vocabulary"
                 )
+
+        check_detector(
+            first.data["detector"],
+            job.data["detector"],
+            f"{name}, beside {first_name}",
+            allow_other_detector,
+        )
 
 
 def leave_out_images(
