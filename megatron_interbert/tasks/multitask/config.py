@@ -68,6 +68,13 @@ class MultitaskConfig(FinetuneConfig):
         " excluded under both names",
         FREE,
     )
+    epochs: float = redefault(
+        FinetuneConfig,
+        "epochs",
+        20.0,
+        "passes over the samples of the longest task, and as many steps of each other; over all"
+        " samples if tasks are drawn",
+    )
     global_batch_size: int = redefault(
         FinetuneConfig,
         "global_batch_size",
