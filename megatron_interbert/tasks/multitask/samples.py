@@ -11,7 +11,7 @@ from megatron_interbert.tasks.multitask.schedule import Schedule
 
 class MultitaskOrder:
     """Represent the stream of (task, ..) of a run in which each step has samples of one task; a
-    task's own stream goes on from one of its steps to the next.
+    task's own stream continues from one of its steps to the next.
     """
 
     def __init__(
