@@ -38,8 +38,12 @@ SAMPLES = 24
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory):
+    """Write a store and questions about some of its images."""
+    return write_asked(tmp_path_factory.mktemp("objectives"))
+
+
+def write_asked(folder):
     """Write a store whose images have 2 to 9 regions, and questions about some of them."""
-    folder = tmp_path_factory.mktemp("objectives")
     asked = [
         {
             "id": number,
