@@ -18,7 +18,7 @@ from megatron_interbert.sample.corpus import World
 from megatron_interbert.sample.tasks.world import write_world
 from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.registry import FINETUNED
-from tests.tasks.test_objectives import SAMPLES, make_model, samples_of, settings, write_asked
+from tests.tasks.objective_twins import SAMPLES, make_model, samples_of, settings, write_asked
 from tests.training.test_field_tasks import training_flags
 
 META = torch.device("meta")
