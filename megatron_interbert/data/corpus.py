@@ -289,14 +289,14 @@ def check_detector(expected: dict | None, found: dict | None, where: str, allowe
     """
     if expected and found and expected != found and not allowed:
         raise UsageError(
-            f"{where}: features of {named(found, expected)}, expected those of"
-            f" {named(expected, found)}; use features of one detector, or give"
+            f"{where}: features of {detector_text(found, expected)}, expected those of"
+            f" {detector_text(expected, found)}; use features of one detector, or give"
             " --allow-other-detector"
         )
 
 
-def named(detector: dict[str, Any], other: dict[str, Any]) -> str:
-    """Return the name of a detector, and in brackets what else it differs in from another."""
+def detector_text(detector: dict[str, Any], other: dict[str, Any]) -> str:
+    """Return the name of a detector, with whatever else differs from another one in brackets."""
     differing = [
         f"{key} {value}"
         for key, value in detector.items()

@@ -1,4 +1,4 @@
-"""Make pretrainings with any objectives, and compute losses in float64, a target at a time."""
+"""Set up pretraining on any objectives, and compute losses in float64, one target at a time."""
 
 import json
 

@@ -19,18 +19,11 @@ from tests.tasks.objective_twins import (
     samples_of,
     settings,
     twin,
-    write_asked,
 )
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Write a store and questions about some of its images."""
-    return write_asked(tmp_path_factory.mktemp("objectives"))
-
-
-def test_a_plan_never_couples_two_samples(store):
-    config = settings(store, "itm,wra")
+def test_a_plan_never_couples_two_samples(asked_store):
+    config = settings(asked_store, "itm,wra")
     batch = samples_of(config)[list(range(SAMPLES))]
     random = torch.Generator().manual_seed(0)
     text = torch.randn(len(batch.token_ids), 8, generator=random, requires_grad=True)
@@ -71,8 +64,8 @@ def test_plans_keep_masses_and_reach_the_least_cost():
     assert not transport_plan(cost, taken, fewer)[:, :, 3:].any()
 
 
-def test_blocks_hold_each_row_once(store):
-    batch = samples_of(settings(store, "itm"))[list(range(SAMPLES))]
+def test_blocks_hold_each_row_once(asked_store):
+    batch = samples_of(settings(asked_store, "itm"))[list(range(SAMPLES))]
     rows = torch.arange(len(batch.locations)).float()[:, None].expand(-1, 3) + 1
     values, taken = as_block(rows, batch.region_rows, batch.image_offsets, 1, batch.max_image - 1)
     assert taken.sum().item() == len(batch.region_rows)
@@ -80,8 +73,8 @@ def test_blocks_hold_each_row_once(store):
     assert values.norm(dim=2)[taken].allclose(torch.ones(1))
 
 
-def test_alignment_joins_the_steps_of_matching(store):
-    config = settings(store, "itm,msm,wra", objective_mix="itm:1,msm:1")
+def test_alignment_joins_the_steps_of_matching(asked_store):
+    config = settings(asked_store, "itm,msm,wra", objective_mix="itm:1,msm:1")
     data = samples_of(config)
     task = PretrainingTask(config)
     model = make_model(config)

@@ -124,10 +124,10 @@ def test_annotated_boxes_that_are_not(stores):
 
     exchanged = TwoStores(stores.detected, stores.annotated, 8)
     note = note_on_annotated(records, exchanged)
-    assert "detected: holds the right boxes of only 0 of 6 samples" in note
+    assert "detected: has a right box for only 0 of 6 samples" in note
 
     few = TwoStores(stores.annotated, stores.detected, 1)
-    assert "or --max-regions too small" in note_on_annotated(records, few)
+    assert "--max-regions is large enough" in note_on_annotated(records, few)
 
     alone = TwoStores(None, stores.detected, 8)
     assert not note_on_annotated(Records("f", items, images[:, 1:]), alone)

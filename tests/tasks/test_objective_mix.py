@@ -11,19 +11,12 @@ from tests.tasks.objective_twins import (
     samples_of,
     settings,
     twin,
-    write_asked,
 )
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Write a store and questions about some of its images."""
-    return write_asked(tmp_path_factory.mktemp("objectives"))
-
-
-def test_each_step_of_a_mix_has_one_objective(store):
+def test_each_step_of_a_mix_has_one_objective(asked_store):
     mix = "itm:2,msm:2,mrfr:1,mrm:1"
-    config = settings(store, "itm,msm,mrfr,mrm", objective_mix=mix)
+    config = settings(asked_store, "itm,msm,mrfr,mrm", objective_mix=mix)
     data = samples_of(config)
     task = PretrainingTask(config)
     model = make_model(config)
@@ -59,8 +52,8 @@ def test_each_step_of_a_mix_has_one_objective(store):
         assert all(p.grad is not None for p in model.mrfr_head.parameters())
 
 
-def test_a_step_of_a_mix_reports_its_own_objective(store):
-    config = settings(store, "msm,mrm,itm", objective_mix="msm:1,mrm:1,itm:1")
+def test_a_step_of_a_mix_reports_its_own_objective(asked_store):
+    config = settings(asked_store, "msm,mrm,itm", objective_mix="msm:1,mrm:1,itm:1")
     samples = samples_of(config)
     task = PretrainingTask(config)
     model = make_model(config)

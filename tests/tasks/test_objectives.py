@@ -13,14 +13,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.pretraining.region_losses import hard_label_losses
 from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from tests.dist import run_on_ranks
-from tests.tasks.objective_twins import SAMPLES, make_model, samples_of, settings, twin, write_asked
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Write a store and questions about some of its images."""
-    return write_asked(tmp_path_factory.mktemp("objectives"))
-
+from tests.tasks.objective_twins import SAMPLES, make_model, samples_of, settings, twin
 
 WAYS = [
     ("msm", {}),
@@ -37,8 +30,8 @@ WAYS = [
 
 
 @pytest.mark.parametrize(("objective", "more"), WAYS)
-def test_losses_and_gradients_against_float64(store, objective, more):
-    config = settings(store, objective, **more)
+def test_losses_and_gradients_against_float64(asked_store, objective, more):
+    config = settings(asked_store, objective, **more)
     batch = samples_of(config)[list(range(SAMPLES))]
     task = PretrainingTask(config)
     model = make_model(config)
@@ -62,9 +55,9 @@ def test_losses_and_gradients_against_float64(store, objective, more):
     assert factor * values[f"{objective}_loss"] == pytest.approx(loss.item(), rel=1e-5)
 
 
-def test_losses_add_up_by_their_weights(store):
+def test_losses_add_up_by_their_weights(asked_store):
     every = ",".join(OBJECTIVES)
-    config = settings(store, every, objective_weights="mrfr:0.5,wra:2,itm:3")
+    config = settings(asked_store, every, objective_weights="mrfr:0.5,wra:2,itm:3")
     batch = samples_of(config)[list(range(SAMPLES))]
     task = PretrainingTask(config)
     model = make_model(config)
@@ -83,10 +76,10 @@ def test_losses_add_up_by_their_weights(store):
     assert line.count("%") == 6, "features and alignment have no accuracy"
 
 
-def share_on_ranks(store, objectives, tensor, path):
+def share_on_ranks(asked_store, objectives, tensor, path):
     """Compare a rank's share of a step, summed over ranks, with the whole step in one process."""
     state = ParallelState(tensor)
-    config = settings(store, objectives)
+    config = settings(asked_store, objectives)
     samples = samples_of(config)
     task = PretrainingTask(config)
     model = make_model(config, state)
@@ -111,9 +104,9 @@ def share_on_ranks(store, objectives, tensor, path):
 
 
 @pytest.mark.parametrize(("ranks", "tensor"), [(2, 1), (2, 2)])
-def test_losses_do_not_depend_on_the_layout(store, tmp_path, ranks, tensor):
+def test_losses_do_not_depend_on_the_layout(asked_store, tmp_path, ranks, tensor):
     every = ",".join(OBJECTIVES)
-    config = settings(store, every)
+    config = settings(asked_store, every)
     batch = samples_of(config)[list(range(SAMPLES))]
     task = PretrainingTask(config)
     model = make_model(config)
@@ -128,7 +121,7 @@ def test_losses_do_not_depend_on_the_layout(store, tmp_path, ranks, tensor):
     assert any("attribute_head" in name for name in found)
     assert any("task_heads" in name for name in found)
     torch.save({"loss": loss.item(), **found}, tmp_path / "whole.pt")
-    run_on_ranks(ranks, share_on_ranks, store, every, tensor, str(tmp_path / "whole.pt"))
+    run_on_ranks(ranks, share_on_ranks, asked_store, every, tensor, str(tmp_path / "whole.pt"))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from megatron_interbert.sample.corpus import World
 from megatron_interbert.sample.tasks.world import write_world
 from megatron_interbert.tasks.pretraining.task import PretrainingTask
 from megatron_interbert.tasks.registry import FINETUNED
-from tests.tasks.objective_twins import SAMPLES, make_model, samples_of, settings, write_asked
+from tests.tasks.objective_twins import SAMPLES, make_model, samples_of, settings
 from tests.training.test_field_tasks import training_flags
 
 META = torch.device("meta")
@@ -53,9 +53,9 @@ def test_every_task_keeps_to_its_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mix", ["", "msm:1,mrm:1,mrc:1,attributes:1,mrfr:1,itm:1"])
-def test_every_objective_keeps_to_its_device(tmp_path, mix):
+def test_every_objective_keeps_to_its_device(asked_store, mix):
     objectives = "msm,mrm,mrc,attributes,mrfr,itm,vqa,wra"
-    config = settings(write_asked(tmp_path), objectives, objective_mix=mix)
+    config = settings(asked_store, objectives, objective_mix=mix)
     samples = samples_of(config)
     seen = set()
 

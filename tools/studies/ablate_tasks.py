@@ -121,13 +121,14 @@ class Ablation:
 
 
 def finetuned(run: WorldRun, tasks: Mapping[str, WorldTask], start: Path) -> Path:
-    """Finetune on one task, or on several in one run."""
+    """Finetune on one task, or on several in one run, for --train-iters steps of each."""
+    steps = len(tasks) * run.options.train_iters
     if len(tasks) > 1:
-        return run.finetune_together("+".join(tasks), tasks, start)
+        return run.finetune_together("+".join(tasks), tasks, start, steps)
 
     ((name, task),) = tasks.items()
 
-    return run.finetune(name, task.command, start, task.training())
+    return run.finetune(name, task.command, start, task.training(), steps)
 
 
 def check_mined(store: Path) -> None:

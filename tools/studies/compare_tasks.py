@@ -42,6 +42,10 @@ class Options(WorldOptions):
         group="study",
     )
 
+    def steps_together(self, tasks: int) -> int:
+        """Return the steps of a run on so many tasks at once."""
+        return self.together_iters or tasks * self.train_iters
+
 
 def results_of(options: Options, tasks: dict[str, WorldTask], seed: int) -> Found:
     """Return the results of each task for a seed, alone and together, running what is missing."""
@@ -50,11 +54,12 @@ def results_of(options: Options, tasks: dict[str, WorldTask], seed: int) -> Foun
     found: Found = {}
 
     for name, task in tasks.items():
-        tuned = run.finetune(name, task.command, start, task.training())
+        tuned = run.finetune(name, task.command, start, task.training(), options.train_iters)
         found[name] = {ALONE: run.evaluate(name, task, tuned)}
 
     if options.together:
-        tuned = run.finetune_together("all", tasks, start, options.together_iters)
+        steps = options.steps_together(len(tasks))
+        tuned = run.finetune_together("all", tasks, start, steps)
         for name, task in tasks.items():
             found[name][TOGETHER] = run.evaluate(name, task, tuned)
 
@@ -102,12 +107,13 @@ def run(options: Options) -> None:
         results = pool.map(lambda seed: results_of(options, tasks, seed), seeds)
         found = list(progress(results, total=len(seeds), unit="seed", desc="tasks"))
 
-    together = options.together_iters or len(tasks) * options.train_iters
     steps = [
         f"{options.pretrain_iters} steps of pretraining",
         f"{options.train_iters} of finetuning on a task",
-        *([f"{together} on all at once"] if options.together else []),
     ]
+    if options.together:
+        steps.append(f"{options.steps_together(len(tasks))} on all at once")
+
     note = (
         f"{', '.join(steps)}, {options.batch_size} samples each, seeds {options.seeds};"
         " generated scenes"

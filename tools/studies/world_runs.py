@@ -75,31 +75,27 @@ class WorldRun:
         )
 
     def finetune(
-        self, name: str, command: str, start: Path, flags: Mapping[str, object], steps: int = 0
+        self, name: str, command: str, start: Path, flags: Mapping[str, object], steps: int
     ) -> Path:
-        """Finetune from pretrained weights for so many steps, by default --train-iters."""
-        options = self.options
-        words = (*words_of(flags), *self._usual(), *shlex.split(options.finetune_flags))
+        """Finetune from pretrained weights for so many steps."""
+        further = shlex.split(self.options.finetune_flags)
+        words = (*words_of(flags), *self._usual(), *further)
 
         return self.stages.train(
             self.folder / name,
-            steps or options.train_iters,
+            steps,
             *("finetune", command, "--init-from", start, *words),
             seed=self.seed,
         )
 
     def finetune_together(
-        self, name: str, tasks: Mapping[str, WorldTask], start: Path, steps: int = 0
+        self, name: str, tasks: Mapping[str, WorldTask], start: Path, steps: int
     ) -> Path:
-        """Finetune on several tasks in one run for so many steps, by default as many as all of them
-        take alone.
-        """
+        """Finetune on several tasks in one run, for so many steps in all."""
         file = self.folder / f"{name}.yaml"
         flags = {task_name: task.training() for task_name, task in tasks.items()}
         write_text(file, yaml.safe_dump(flags, sort_keys=False))
         given = {"task-flags": Written(file)}
-
-        steps = steps or len(tasks) * self.options.train_iters
 
         return self.finetune(name, "multitask", start, given, steps)
 

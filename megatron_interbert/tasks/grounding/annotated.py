@@ -1,4 +1,4 @@
-"""Notice a region store that is given as the annotated boxes and is not."""
+"""Notice a store given as --annotated-path that does not hold the annotated boxes."""
 
 import numpy as np
 
@@ -7,20 +7,20 @@ from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.two_stores import TwoStores
 
 TRIED = 200  # samples whose right boxes are looked up
-SAME = 0.9  # IoU from which two boxes are one, conventions and rounding aside
+SAME = 0.9  # IoU from which two boxes are the same but for conventions and rounding
 
 
 def note_on_annotated(records: Records, stores: TwoStores) -> str:
     """Return a note if the annotated store lacks most of the right boxes, else an empty text.
 
-    Looks at the samples whose right boxes are known, at most TRIED of them.
+    Looks at about TRIED of the samples whose right boxes are known.
     """
     known = records.known()
-    rows = known[:: -(-len(known) // TRIED)] if known else []
+    rows = known[:: max(1, len(known) // TRIED)]
     if not rows or stores.annotated is None:
         return ""
 
-    alone = stores.apart()["_gt"]
+    alone = TwoStores(stores.annotated, None, stores.max_regions)
     regions = alone.read(alone.columns_of(records.images[rows], stores))
     found = 0
 
@@ -33,7 +33,7 @@ def note_on_annotated(records: Records, stores: TwoStores) -> str:
         return ""
 
     return (
-        f"note: {stores.annotated.path}: holds the right boxes of only {found} of {len(rows)}"
-        " samples; expected the annotated boxes (is it the detected store, given as"
-        " --annotated-path, or --max-regions too small for it?)"
+        f"note: {stores.annotated.path}: has a right box for only {found} of {len(rows)} samples,"
+        " so these do not look like annotated boxes; check that --annotated-path and --data-path"
+        " are not swapped, and that --max-regions is large enough"
     )

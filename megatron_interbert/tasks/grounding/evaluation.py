@@ -16,9 +16,9 @@ from megatron_interbert.tasks.grounding.job import (
     HEAD,
     Pointing,
     open_two,
+    print_report,
     samples_by_way,
     stores_of,
-    tell,
 )
 from megatron_interbert.tasks.grounding.page import SHOWN_BOXES, result_page
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
@@ -62,7 +62,7 @@ def evaluate_regions(
     manifests = [s.path / MANIFEST for other in stores.corpora for s in other.stores]
     folder = agree_on_inputs(config, state, source, tokenizer, [*manifests, *files])
     records = read(stores)
-    tell(records, stores, state)
+    print_report(records, stores, state)
 
     ways = samples_by_way(task, records, stores, tokenizer, config.max_tokens)
     ranked = rank_all(model, ways, task, config, state, device)

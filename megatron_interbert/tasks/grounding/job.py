@@ -140,7 +140,7 @@ def region_job(
     """
     records = records.labelled("box")
     stores = opened.stores
-    tell(records, stores, state)
+    print_report(records, stores, state)
 
     def make_set(records: Records) -> RegionSet:
         samples = RegionSamples(task.name, records, stores, opened.tokenizer, config.max_tokens)
@@ -170,7 +170,7 @@ def region_job(
         refuse_idle_stores(config)
     else:
         judged = valid[0].labelled("box")
-        tell(judged, valid[1], state)
+        print_report(judged, valid[1], state)
         job.judged_images = image_names(judged)
         ways = samples_by_way(task, judged, valid[1], opened.tokenizer, config.max_tokens)
         job.evaluate = evaluation_of(task, config, state, judged, ways)
@@ -178,8 +178,8 @@ def region_job(
     return job
 
 
-def tell(records: Records, stores: TwoStores, state: ParallelState) -> None:
-    """Print what was read and what was dropped, and what looks wrong with the stores."""
+def print_report(records: Records, stores: TwoStores, state: ParallelState) -> None:
+    """Print the counts of samples read and dropped, and a note if the stores look swapped."""
     if not state.is_main:
         return
 

@@ -72,8 +72,8 @@ class MultitaskConfig(FinetuneConfig):
         FinetuneConfig,
         "epochs",
         20.0,
-        "passes over the samples of the longest task, and as many steps of each other; over all"
-        " samples if tasks are drawn",
+        "passes over the samples of the largest task, with as many steps for every other task;"
+        " over the samples of all tasks if --schedule draws them",
     )
     global_batch_size: int = redefault(
         FinetuneConfig,
