@@ -12,6 +12,8 @@ from megatron_interbert.data.store import RegionStore
 from megatron_interbert.data.text import CaptionTokenizer, TokenBatch
 from megatron_interbert.errors import UsageError
 
+MAX_ENTRY = 16  # characters of a detector's entry in an error; hashes are longer
+
 
 class Corpus:
     """Represent captions 0 .. num_captions-1 and images 0 .. num_images-1 of all stores, whose
@@ -290,7 +292,7 @@ def check_detector(expected: dict | None, found: dict | None, where: str, allowe
     if expected and found and expected != found and not allowed:
         raise UsageError(
             f"{where}: features of {detector_text(found, expected)}, expected those of"
-            f" {detector_text(expected, found)}; use features of one detector, or give"
+            f" {detector_text(expected, found)}; use features of the expected detector, or give"
             " --allow-other-detector"
         )
 
@@ -298,10 +300,23 @@ def check_detector(expected: dict | None, found: dict | None, where: str, allowe
 def detector_text(detector: dict[str, Any], other: dict[str, Any]) -> str:
     """Return the name of a detector, with whatever else differs from another one in brackets."""
     differing = [
-        f"{key} {value}"
+        f"{key} {entry_text(value, other.get(key))}"
         for key, value in detector.items()
         if key != "name" and other.get(key) != value
     ]
     name = str(detector.get("name", "a detector without a name"))
 
     return f"{name} ({', '.join(differing)})" if differing else name
+
+
+def entry_text(value: Any, other: Any) -> str:
+    """Return an entry of a detector beside that of another one: the detector that gave its boxes
+    by its name, sizes in words, and long hashes cut short.
+    """
+    if not isinstance(value, dict):
+        return str(value)[:MAX_ENTRY]
+
+    if "name" in value:
+        return detector_text(value, other if isinstance(other, dict) else {})
+
+    return " and ".join(f"{key} {part}" for key, part in value.items())

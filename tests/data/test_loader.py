@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from megatron_interbert.config.pretraining import RunConfig
-from megatron_interbert.data.corpus import Corpus
+from megatron_interbert.data.corpus import Corpus, detector_text
 from megatron_interbert.data.loader import SLOTS, BatchStream, pinned_ahead
 from megatron_interbert.data.pretraining import PretrainingSet
 from megatron_interbert.data.text import CaptionTokenizer
@@ -298,11 +298,27 @@ def test_wrong_mixtures_are_refused(paths, tmp_path):
     with pytest.raises(
         UsageError,
         match=r"features of another \(revision 1\), expected those of random \(revision 0\);"
-        " use features of one detector, or give --allow-other-detector",
+        " use features of the expected detector, or give --allow-other-detector",
     ):
         Corpus([paths[0], str(other)])
 
     assert Corpus([paths[0], str(other)], allow_other_detector=True).num_images == 144
+
+
+def test_text_of_a_detector() -> None:
+    """Give it hashes, sizes, and boxes of a detector of their own."""
+    one = {"name": "clip", "weights_sha256": "a" * 64, "size": {"height": 224, "width": 224}}
+    other = {**one, "weights_sha256": "b" * 64, "size": {"height": 384, "width": 224}}
+    assert detector_text(one, other) == (
+        "clip (weights_sha256 aaaaaaaaaaaaaaaa, size height 224 and width 224)"
+    )
+    assert detector_text(one, one) == "clip"
+
+    boxed = {**one, "boxes": {"name": "frcnn", "revision": 1}}
+    again = {**one, "boxes": {"name": "frcnn", "revision": 2}}
+    assert detector_text(boxed, one) == "clip (boxes frcnn (revision 1))"
+    assert detector_text(boxed, again) == "clip (boxes frcnn (revision 1))"
+    assert detector_text({}, one) == "a detector without a name"
 
 
 def test_regions_without_labels_cannot_be_predicted(tmp_path):

@@ -1,6 +1,7 @@
 """Test that faults of an evaluation or a finetuning run are reported before any work."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.reading import list_folder
 from megatron_interbert.tasks import loading
 from megatron_interbert.tasks.config import EvaluateConfig
-from megatron_interbert.tasks.multitask.job import check_alike
+from megatron_interbert.tasks.multitask.job import check_alike, known_detector
 from megatron_interbert.tasks.retrieval.config import EvaluateRetrievalConfig
 from megatron_interbert.tasks.retrieval.evaluation import evaluate_retrieval
 from megatron_interbert.tasks.shop.config import EvaluateProductSearchConfig
@@ -70,7 +71,10 @@ def test_a_metric_is_a_figure_of_the_task() -> None:
 
 
 def test_tasks_of_one_run_have_features_of_one_detector() -> None:
-    """Give features of one backbone on two grids; unknown ones, and others if they are allowed."""
+    """Give features of one backbone on two grids; unknown ones, first or in between; and others
+    if they are allowed.
+    """
+    strict = SimpleNamespace(task_flags="t.yaml", allow_other_detector=False)
 
     def job(detector: dict[str, str] | None) -> Job:
         data = {"vocabulary": "v", "detector": detector}
@@ -83,13 +87,26 @@ def test_tasks_of_one_run_have_features_of_one_detector() -> None:
     }
     with pytest.raises(
         UsageError,
-        match=r"gqa, beside vqa: features of clip \(grid 14x14\), expected those of clip"
+        match=r"t.yaml: gqa, unlike vqa: features of clip \(grid 14x14\), expected those of clip"
         r" \(grid 7x7\)",
-    ):
-        check_alike(jobs, allow_other_detector=False)
+    ) as refused:
+        check_alike(strict, jobs)
 
-    check_alike(jobs, allow_other_detector=True)
-    check_alike({"vqa": jobs["vqa"], "gqa": job(None)}, allow_other_detector=False)
+    for names in (("nlvr2", "vqa", "gqa"), ("vqa", "nlvr2", "gqa")):
+        with pytest.raises(UsageError) as again:
+            check_alike(strict, {name: jobs.get(name, job(None)) for name in names})
+        assert str(again.value) == str(refused.value)
+
+    check_alike(strict, {"vqa": jobs["vqa"], "nlvr2": job(None)})
+    check_alike(strict, {"vqa": job(None), "nlvr2": job(None)})
+    check_alike(SimpleNamespace(task_flags="", allow_other_detector=True), jobs)
+
+
+def test_known_detector() -> None:
+    """Expect the first one that is known, which a checkpoint then records."""
+    jobs = {name: SimpleNamespace(data={"detector": name or None}) for name in ("", "a", "b")}
+    assert known_detector(jobs) == ("a", "a")
+    assert known_detector({"": jobs[""]}) == ("", None)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ on several ranks.
 
 import json
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +17,9 @@ from megatron_interbert.model.initialise import initialise
 from megatron_interbert.model.interbert import InterBert
 from megatron_interbert.parallel.state import ParallelState
 from megatron_interbert.tasks.flickr30k_entities.job import ENTITIES
-from megatron_interbert.tasks.grounding.annotated import note_on_annotated
+from megatron_interbert.tasks.grounding.annotated import TRIED, note_on_annotated
 from megatron_interbert.tasks.grounding.boxes import overlaps, problem_of
-from megatron_interbert.tasks.grounding.job import open_two, samples_by_way
+from megatron_interbert.tasks.grounding.job import open_two, print_report, samples_by_way
 from megatron_interbert.tasks.grounding.prediction import Ranked, rank_regions
 from megatron_interbert.tasks.grounding.records import RegionRecord, place_in
 from megatron_interbert.tasks.grounding.samples import RegionSamples, RegionSet
@@ -111,7 +112,7 @@ def test_recall_of_phrases_takes_the_first_right_box():
         assert found == {f"R@{k}": 100.0 * (place < k) for k in (1, 5, 10)}
 
 
-def test_annotated_boxes_that_are_not(stores):
+def test_annotated_boxes_that_are_not(stores, capsys):
     """Exchange the two stores, leave one out, read too few boxes."""
     items = [
         RegionRecord(str(image), ("x",), ("i",), SIZE, boxes_of(stores, image)[-1:])
@@ -124,7 +125,15 @@ def test_annotated_boxes_that_are_not(stores):
 
     exchanged = TwoStores(stores.detected, stores.annotated, 8)
     note = note_on_annotated(records, exchanged)
-    assert "detected: has a right box for only 0 of 6 samples" in note
+    assert "detected: has a right box for only 0 of 6 samples looked at" in note
+
+    many = Records("f", items[:6] * 100, np.tile(images[:6], (100, 1)))
+    assert f"0 of {TRIED} samples" in note_on_annotated(many, exchanged)
+
+    print_report(records, exchanged, SimpleNamespace(is_main=False))
+    assert not capsys.readouterr().out
+    print_report(records, exchanged, SimpleNamespace(is_main=True))
+    assert capsys.readouterr().out == f"{records.report()}\n{note}\n"
 
     few = TwoStores(stores.annotated, stores.detected, 1)
     assert "--max-regions is large enough" in note_on_annotated(records, few)

@@ -1,6 +1,6 @@
-"""Test that training steps keep to one device and never wait for it: on the meta device every task
-and objective runs forward, loss and backward. An operation that mixes devices fails there, and so
-does one that needs the content of a tensor on the host.
+"""Test that training steps keep to one device and never wait for it: on the meta device each of the
+field's tasks and objectives runs forward, loss and backward. An operation that needs the content of
+a tensor on the host fails there; one that mixes devices is noticed by the test.
 """
 
 import sys
@@ -8,6 +8,8 @@ import sys
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from megatron_interbert.command_line import parse_task
 from megatron_interbert.data.packing import to_batch
@@ -24,18 +26,39 @@ from tests.training.test_field_tasks import training_flags
 META = torch.device("meta")
 
 
+class OneDevice(TorchDispatchMode):
+    """Fail at an operation on tensors of several devices; a CPU number may stand beside any."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        leaves = tree_leaves((args, kwargs))
+        devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim()}
+        assert len(devices) < 2, f"{func} with tensors on {devices}"
+
+        return func(*args, **(kwargs or {}))
+
+
 def step(model, task, batch):
     """Run a step without content; return the gradients of the model."""
     totals = task.count_targets(batch).to(META)
     batch = batch.to(META)
-    loss, report = task.loss(model(batch), batch, totals)
-    assert loss.device == report.device == META
-    loss.backward()
+
+    with OneDevice():
+        loss, report = task.loss(model(batch), batch, totals)
+        assert loss.device == report.device == META
+        loss.backward()
 
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def test_every_task_keeps_to_its_device(tmp_path, monkeypatch):
+def test_mixed_devices_are_noticed():
+    table, rows = torch.zeros(3, 2, device=META), torch.tensor([0])
+    assert table[rows].device == META  # torch itself says nothing
+
+    with OneDevice(), pytest.raises(AssertionError, match="index"):
+        table[rows]
+
+
+def test_field_tasks_keep_to_one_device(tmp_path, monkeypatch):
     world = tmp_path / "world"
     write_world(World(0, 0.3), world, {"train": 40, "test": 12}, 0)
     tasks = tmp_path / "tasks.yaml"
@@ -53,7 +76,7 @@ def test_every_task_keeps_to_its_device(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mix", ["", "msm:1,mrm:1,mrc:1,attributes:1,mrfr:1,itm:1"])
-def test_every_objective_keeps_to_its_device(asked_store, mix):
+def test_objectives_keep_to_one_device(asked_store, mix):
     objectives = "msm,mrm,mrc,attributes,mrfr,itm,vqa,wra"
     config = settings(asked_store, objectives, objective_mix=mix)
     samples = samples_of(config)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from megatron_interbert.command_line import run_command
 from megatron_interbert.config.options import option
+from megatron_interbert.errors import UsageError
 from megatron_interbert.files import check_writable, write_json, write_text
 from megatron_interbert.progress import progress
 from megatron_interbert.weights.manifest import versions
@@ -42,8 +43,17 @@ class Options(WorldOptions):
         group="study",
     )
 
+    def check(self) -> None:
+        """Raise UsageError if steps are given to a run that is left out."""
+        super().check()
+        if self.together_iters and not self.together:
+            raise UsageError("--together-iters: nothing is trained at once with --no-together")
+
     def steps_together(self, tasks: int) -> int:
-        """Return the steps of a run on so many tasks at once."""
+        """Return the steps of a run on so many tasks at once; 0 if there is no such run."""
+        if not self.together or tasks < 2:
+            return 0
+
         return self.together_iters or tasks * self.train_iters
 
 
@@ -57,8 +67,7 @@ def results_of(options: Options, tasks: dict[str, WorldTask], seed: int) -> Foun
         tuned = run.finetune(name, task.command, start, task.training(), options.train_iters)
         found[name] = {ALONE: run.evaluate(name, task, tuned)}
 
-    if options.together:
-        steps = options.steps_together(len(tasks))
+    if steps := options.steps_together(len(tasks)):
         tuned = run.finetune_together("all", tasks, start, steps)
         for name, task in tasks.items():
             found[name][TOGETHER] = run.evaluate(name, task, tuned)
@@ -111,8 +120,8 @@ def run(options: Options) -> None:
         f"{options.pretrain_iters} steps of pretraining",
         f"{options.train_iters} of finetuning on a task",
     ]
-    if options.together:
-        steps.append(f"{options.steps_together(len(tasks))} on all at once")
+    if together := options.steps_together(len(tasks)):
+        steps.append(f"{together} on all at once")
 
     note = (
         f"{', '.join(steps)}, {options.batch_size} samples each, seeds {options.seeds};"

@@ -29,7 +29,7 @@ class WorldOptions(Flags):
     model: str = option("sample", "preset or JSON file of sizes", group="model")
     seeds: str = option("1,2,3", "seeds, comma-separated", group="study")
     pretrain_iters: int = option(6000, "steps of pretraining", least=1, group="optimisation")
-    train_iters: int = option(2000, "steps of each finetuning", least=1, group="optimisation")
+    train_iters: int = option(2000, "steps of finetuning on a task", least=1, group="optimisation")
     batch_size: int = option(64, "samples per step", least=1, group="optimisation")
     pretrain_flags: str = option(
         "--lr 2e-3 --lr-warmup-fraction 0.05 --adam-beta2 0.98 --no-msm-on-mismatched",

@@ -1,5 +1,7 @@
 """Notice a store given as --annotated-path that does not hold the annotated boxes."""
 
+import math
+
 import numpy as np
 
 from megatron_interbert.tasks.grounding.boxes import overlaps
@@ -7,16 +9,16 @@ from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.two_stores import TwoStores
 
 TRIED = 200  # samples whose right boxes are looked up
-SAME = 0.9  # IoU from which two boxes are the same but for conventions and rounding
+SAME = 0.9  # IoU of boxes that are the same but for conventions and rounding, 19 pixels and up
 
 
 def note_on_annotated(records: Records, stores: TwoStores) -> str:
     """Return a note if the annotated store lacks most of the right boxes, else an empty text.
 
-    Looks at about TRIED of the samples whose right boxes are known.
+    Looks at TRIED of the samples whose right boxes are known, or somewhat fewer.
     """
     known = records.known()
-    rows = known[:: max(1, len(known) // TRIED)]
+    rows = known[:: max(1, math.ceil(len(known) / TRIED))]
     if not rows or stores.annotated is None:
         return ""
 
@@ -33,7 +35,7 @@ def note_on_annotated(records: Records, stores: TwoStores) -> str:
         return ""
 
     return (
-        f"note: {stores.annotated.path}: has a right box for only {found} of {len(rows)} samples,"
-        " so these do not look like annotated boxes; check that --annotated-path and --data-path"
-        " are not swapped, and that --max-regions is large enough"
+        f"note: {stores.annotated.path}: has a right box for only {found} of {len(rows)} samples"
+        " looked at, so these do not look like annotated boxes; check that the stores of annotated"
+        " and of detected regions are not swapped, and that --max-regions is large enough"
     )

@@ -41,7 +41,7 @@ def multitask_job(
         for name, own in configs.items()
     }
     config.notes += [f"{name}: {note}" for name, own in configs.items() for note in own.notes]
-    check_alike(jobs, config.allow_other_detector)
+    check_alike(config, jobs)
     lost = leave_out_images(config, jobs, state)
     share_partitions(config, jobs)
 
@@ -109,18 +109,20 @@ def figures_of(jobs: Mapping[str, Job]) -> tuple[str, ...]:
     return (MEAN, *(f"{name}_{figure}" for name, job in jobs.items() for figure in job.figures))
 
 
-def check_alike(jobs: Mapping[str, Job], allow_other_detector: bool) -> None:
+def check_alike(config: MultitaskConfig, jobs: Mapping[str, Job]) -> None:
     """Raise UsageError unless all tasks have the same model sizes, features and vocabulary, and
     read images.
     """
     first_name, first = next(iter(jobs.items()))
+    known_name, detector = known_detector(jobs)
 
     for name, job in jobs.items():
+        where = f"{config.task_flags}: {name}"
         if job.model_options.get("text_only"):
-            raise UsageError(f"{name}: a task without images cannot share a model with others")
+            raise UsageError(f"{where}: a task without images cannot share a model with others")
         if job.leave_out is None:
             raise UsageError(
-                f"{name}: images that other tasks are evaluated on cannot be taken out of its"
+                f"{where}: images that other tasks are evaluated on cannot be taken out of its"
                 " samples; train it alone"
             )
         for what, one, other in (
@@ -129,16 +131,22 @@ def check_alike(jobs: Mapping[str, Job], allow_other_detector: bool) -> None:
         ):
             if one != other:
                 raise UsageError(
-                    f"{name} and {first_name} have different {what}; use stores of one detector"
+                    f"{where} and {first_name} have different {what}; use stores of one detector"
                     " and one vocabulary"
                 )
 
         check_detector(
-            first.data["detector"],
+            detector,
             job.data["detector"],
-            f"{name}, beside {first_name}",
-            allow_other_detector,
+            f"{where}, unlike {known_name}",
+            config.allow_other_detector,
         )
+
+
+def known_detector(jobs: Mapping[str, Job]) -> tuple[str, dict[str, Any] | None]:
+    """Return the first task whose detector is known, and that detector; None if none is."""
+    known = ((name, job.data["detector"]) for name, job in jobs.items() if job.data["detector"])
+    return next(known, (next(iter(jobs)), None))
 
 
 def leave_out_images(
@@ -214,7 +222,7 @@ def joined_data(
     return {
         "store": "; ".join(str(job.data["store"]) for job in jobs.values()),
         "manifest_sha256": json_sha256(content),
-        "detector": first.data["detector"],
+        "detector": known_detector(jobs)[1],
         "vocabulary": first.data["vocabulary"],
         "task": f"multitask {','.join(jobs)}",
         "task_heads": {
