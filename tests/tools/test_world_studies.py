@@ -104,6 +104,15 @@ def test_tasks_alone_and_together(world, called, monkeypatch, tmp_path, capsys):
         (tmp_path / "less" / "tasks.md").read_text()
     )
 
+    with pytest.raises(UsageError, match="--together-iters: nothing is trained at once"):
+        run(monkeypatch, compare_tasks, *flags, "--no-together", "--together-iters", 5)
+
+    called.clear()
+    one = ("--only", "vqa", "--output", tmp_path / "one", "--seeds", "1")
+    run(monkeypatch, compare_tasks, *flags[:2], *one)
+    assert not [call for call in called if "multitask" in call]
+    assert "| vqa | accuracy | 33.0 | 71.0 |  |" in (tmp_path / "one" / "tasks.md").read_text()
+
 
 def test_parts_left_out(world, called, monkeypatch, tmp_path):
     flags = ("--world", world, "--output", tmp_path / "out", "--images", 5)
