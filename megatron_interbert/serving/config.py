@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from megatron_interbert.config.options import ABOVE_0, option
+from megatron_interbert.config.stores import split_paths
 from megatron_interbert.errors import UsageError
 from megatron_interbert.tasks.config import LoadConfig, photos, store
 from megatron_interbert.tasks.shop.config import ItemReading
@@ -106,6 +107,9 @@ class ServeConfig(ItemReading, LoadConfig):
     def check(self) -> None:
         """Raise UsageError for settings that contradict each other or have no meaning."""
         super().check()
+
+        if not split_paths(self.data_path):
+            raise UsageError("--data-path is missing; give the region store of the items' pictures")
 
         if self.recommendation_index and not self.load_recommendation:
             raise UsageError(

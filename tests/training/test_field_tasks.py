@@ -310,7 +310,7 @@ def test_images_to_evaluate_on_are_taken_out_of_all_training(world, tmp_path):
         ({"snli_ve": {"epochs": 3}}, "snli_ve: 'epochs' is a flag of the whole run"),
         ({3: {}}, "no task '3'"),
         ({"snli_ve": 3}, "snli_ve is 3, expected flags with their settings"),
-        ({}, "multitask needs two tasks or more"),
+        ({}, "tasks.yaml: tasks to train on: vqa; expected two or more"),
         ({"glue": {"data-path": "x"}}, "none of x/train.tsv"),
     ],
 )

@@ -120,6 +120,9 @@ def configs_of(
         found[name] = config_of(config, config.task_flags, name, known[name], given[name])
 
     if len(found) < 2:
-        raise UsageError("multitask needs two tasks or more; finetune TASK trains one")
+        raise UsageError(
+            f"--task-flags {config.task_flags}: tasks to train on: {', '.join(found) or 'none'};"
+            " expected two or more (finetune TASK trains one)"
+        )
 
     return found
