@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import hashlib
 import json
+import math
 import re
 import resource
 import shutil
@@ -418,28 +419,25 @@ def test_no_more_descriptors_than_now_fill_no_log(service):
 
 
 def test_lines_of_requests_are_counted_when_they_are_too_many(service):
-    """Check that each of 1,500 requests within a second or two has its line, or is counted in
-    one.
+    """Check that each of 1,500 requests has its line or is counted in one, and that no second has
+    more than 500 lines.
     """
     time.sleep(1.1)
     before = len(log_of(service))
+    began = time.monotonic()
     with connect(service.url) as line:
         line.sendall((GET + b"\r\n") * 1499 + GET + b"connection: close\r\n\r\n")
         assert read_to_end(line).count(b"HTTP/1.1 200 OK") == 1500
+    seconds = math.floor(time.monotonic() - began) + 1  # a slow machine may take more than three
 
     def told():
-        lines = log_of(service)[before:].splitlines()
-        counts = [
-            int(found[1])
-            for line in lines
-            if (found := re.search(r"\.\.\. (\d+) more like this in 1 s: GET /healthz 200", line))
-        ]
-        return (
-            len([line for line in lines if "GET /healthz 200" in line]) - len(counts) + sum(counts)
-        )
+        """Return the number of requests that have a line, and of those counted in one."""
+        log = log_of(service)[before:]
+        counts = re.findall(r"\.\.\. (\d+) more like this in 1 s: GET /healthz 200", log)
+        return log.count("GET /healthz 200") - len(counts), sum(map(int, counts))
 
-    until(lambda: told() == 1500, "all lines, or their number", 10)
-    assert log_of(service)[before:].count("\n") < 1200
+    until(lambda: sum(told()) == 1500, "all lines, or their number", 10)
+    assert told()[0] <= 500 * seconds
 
 
 def test_limits_that_cannot_be_kept_are_refused(shop, tmp_path):
