@@ -104,9 +104,10 @@ def test_tasks_of_one_run_have_features_of_one_detector() -> None:
 
 def test_known_detector() -> None:
     """Expect the first one that is known, which a checkpoint then records."""
-    jobs = {name: SimpleNamespace(data={"detector": name or None}) for name in ("", "a", "b")}
-    assert known_detector(jobs) == ("a", "a")
-    assert known_detector({"": jobs[""]}) == ("", None)
+    found = {"vqa": None, "gqa": {"name": "a"}, "nlvr2": {"name": "b"}}
+    jobs = {task: SimpleNamespace(data={"detector": found[task]}) for task in found}
+    assert known_detector(jobs) == ("gqa", {"name": "a"})
+    assert known_detector({"vqa": jobs["vqa"]}) == ("", None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from megatron_interbert.tasks.placing import Records
 from megatron_interbert.tasks.two_stores import TwoStores
 
 TRIED = 200  # samples whose right boxes are looked up
-SAME = 0.9  # IoU of boxes that are the same but for conventions and rounding, 19 pixels and up
+SAME = 0.9  # least IoU of boxes of 20 pixels or more that differ by conventions and rounding only
 
 
 def note_on_annotated(records: Records, stores: TwoStores) -> str:

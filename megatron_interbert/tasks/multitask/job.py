@@ -144,9 +144,9 @@ def check_alike(config: MultitaskConfig, jobs: Mapping[str, Job]) -> None:
 
 
 def known_detector(jobs: Mapping[str, Job]) -> tuple[str, dict[str, Any] | None]:
-    """Return the first task whose detector is known, and that detector; None if none is."""
+    """Return the first task whose detector is known, and that detector; ("", None) if none is."""
     known = ((name, job.data["detector"]) for name, job in jobs.items() if job.data["detector"])
-    return next(known, (next(iter(jobs)), None))
+    return next(known, ("", None))
 
 
 def leave_out_images(
